@@ -1,0 +1,62 @@
+"""What every public op shares: choosing an implementation by name, and the wording of argument errors."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+
+Implementations = Mapping[str, Callable[..., Any]]
+"""One op's implementations: name to callable, every callable with the op's signature."""
+
+
+def near_miss(name: str, known: Iterable[str]) -> str:
+    """``", did you mean 'x'?"`` when something known resembles ``name``, else nothing."""
+    matches = difflib.get_close_matches(name, list(known), n=1)
+    return f", did you mean {matches[0]!r}?" if matches else ""
+
+
+def resolve(op: str, table: Implementations, name: str, device_type: str) -> Callable[..., Any]:
+    """The implementation called ``name``; ``auto`` is ``triton`` on a GPU where the op has it, else ``torch``.
+
+    Raises ValueError, listing what the op has, for any other name.
+    """
+    if name == "auto":
+        name = "triton" if device_type == "cuda" and "triton" in table else "torch"
+    if name not in table:
+        known = ["auto", *table]
+        raise ValueError(f"{op}: no implementation {name!r}; it has {', '.join(known)}{near_miss(name, known)}")
+    return table[name]
+
+
+def require(condition: bool, op: str, argument: str, expected: str, got: object) -> None:
+    """Raise ValueError, naming the argument, unless ``condition`` holds."""
+    if not condition:
+        raise ValueError(f"{op}: {argument}: expected {expected}, got {got}")
+
+
+def require_shape(op: str, argument: str, tensor: torch.Tensor, expected: tuple[int, ...]) -> None:
+    """Raise ValueError unless the tensor has exactly this shape."""
+    require(tuple(tensor.shape) == expected, op, argument, f"shape {expected}", f"shape {tuple(tensor.shape)}")
+
+
+def require_floating(op: str, **tensors: torch.Tensor) -> None:
+    """Raise ValueError unless every tensor is floating point."""
+    for name, tensor in tensors.items():
+        require(tensor.is_floating_point(), op, name, "a floating dtype", tensor.dtype)
+
+
+def require_same(op: str, what: str, **tensors: torch.Tensor) -> None:
+    """Raise ValueError unless all tensors share the attribute ``what`` (``"dtype"`` or ``"device"``)."""
+    (first_name, first), *rest = tensors.items()
+    expected = getattr(first, what)
+    for name, tensor in rest:
+        got = getattr(tensor, what)
+        require(got == expected, op, name, f"the {what} of {first_name} ({expected})", got)
+
+
+def compute_dtype(*dtypes: torch.dtype) -> torch.dtype:
+    """The dtype statistics and products are computed in: float32, or float64 where an input is."""
+    return torch.float64 if torch.float64 in dtypes else torch.float32

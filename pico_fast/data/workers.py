@@ -1,0 +1,52 @@
+"""A pool of worker processes for ``prepare``: started fresh, quiet on Ctrl-C, and never outliving their parent."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing.connection import wait
+from typing import TypeVar
+
+Result = TypeVar("Result")
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def run_tasks(function: Callable[..., Result], tasks: Sequence[tuple], workers: int) -> Iterator[Result]:
+    """Results of ``function(*task)`` as they are ready, in no order.
+
+    One worker, or one task, runs in this process. ``function`` and tasks must be picklable. The first exception ends
+    everything and is raised here.
+    """
+    workers = min(workers, len(tasks))
+    if workers <= 1:
+        for task in tasks:
+            yield function(*task)
+        return
+    context = multiprocessing.get_context("spawn")  # forking a process with threads (tokenizers, arrow) can hang it
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_begin_worker) as pool:
+        try:
+            for future in as_completed([pool.submit(function, *task) for task in tasks]):
+                yield future.result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _begin_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+
+
+def _die_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        os._exit(1)

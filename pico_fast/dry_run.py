@@ -1,0 +1,49 @@
+"""``--dry-run``: build everything that training would, say what it is and costs, train and write nothing."""
+
+from __future__ import annotations
+
+from pico_fast.checkpoint.state import state_tensors
+from pico_fast.config import Config
+from pico_fast.flops import FLOPS_CONVENTION, flops_per_token, parameter_counts, training_memory
+from pico_fast.model.build import build_model
+from pico_fast.optim import build_optimizer, learning_rate
+from pico_fast.runtime import start_runtime
+from pico_fast.setup_run import open_inputs
+
+
+def print_dry_run(config: Config) -> None:
+    """Open data and tokenizer, build model and optimizer, print parameters, memory, FLOPs and the batch arithmetic."""
+    runtime = start_runtime(config)
+    inputs = open_inputs(config, runtime)
+    model = build_model(config, inputs.kernels, runtime)
+    optimizer = build_optimizer(model, config.training.optimization)
+
+    shape, training = config.model, config.training
+    batch, accumulation = config.data.dataloader.batch_size, training.optimization.gradient_accumulation_steps
+    rows, length = batch // accumulation, inputs.rows.row_len - 1
+    counts = parameter_counts(shape)
+    flops = flops_per_token(shape, length)
+    memory = training_memory(shape, precision=training.fabric.precision, rows=rows, seq_len=length)
+    built = sum(tensor.numel() for tensor in state_tensors(model, optimizer).values())
+    total_tokens = training.max_steps * batch * length
+    rates = [learning_rate(training, step) for step in (0, training.max_steps // 2, training.max_steps - 1)]
+    n_rows = inputs.rows.n_rows_known
+    known = "rows not counted (remote)" if n_rows is None else f"{n_rows:,} rows"
+    lines = [
+        *(f"warning: {warning}" for warning in inputs.warnings),
+        f"device       {runtime.device}, {training.fabric.precision}, {runtime.threads} CPU threads",
+        f"kernels      {inputs.kernels.describe()}",
+        f"parameters   {built:,}: embedding {counts.embedding:,}, head {counts.head:,}, "
+        f"blocks {counts.non_embedding:,}",
+        f"FLOPs        {flops / 1e6:,.1f} M per token, {flops * batch * length:.3g} per step, "
+        f"{flops * total_tokens:.3g} in all ({FLOPS_CONVENTION})",
+        f"batch        {batch} rows x {length} tokens = {batch * length:,} tokens per step: {accumulation} "
+        f"micro-batch(es) of {rows} rows ({rows * length:,} tokens)",
+        f"training     {training.max_steps:,} steps, {total_tokens:,} tokens; learning rate "
+        f"{rates[0]:.3g} at the first step, {rates[1]:.3g} halfway, {rates[2]:.3g} at the last",
+        f"data         {config.data.dataset.name}: {known}",
+        f"memory       {memory.total / 1e9:.2f} GB estimated: weights {memory.weights / 1e9:.2f}, gradients "
+        f"{memory.gradients / 1e9:.2f}, Adam {memory.moments / 1e9:.2f}, activations {memory.activations / 1e9:.2f}",
+        "dry run: nothing was trained or written",
+    ]
+    print("\n".join(lines))

@@ -1,0 +1,1 @@
+"""The Pico decoder, its sharding table and generation."""

@@ -1,0 +1,77 @@
+"""Sampling from a decoder through its key-value cache."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pico_fast.model.cache import KVCache
+from pico_fast.model.decoder import PicoDecoder
+
+
+def filter_logits(logits: Tensor, top_k: int | None = None, top_p: float | None = None) -> Tensor:
+    """Logits (B, V) with -inf outside the ``top_k`` most likely tokens and outside the nucleus of mass ``top_p``.
+
+    The nucleus (Holtzman et al., arXiv 1904.09751) is the smallest set of tokens whose probabilities sum to at least
+    ``top_p``; the most likely token always stays.
+    """
+    if top_k is not None and top_k < logits.shape[-1]:
+        threshold = logits.topk(top_k, dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < threshold, float("-inf"))
+    if top_p is not None and top_p < 1.0:
+        ordered, order = logits.sort(dim=-1, descending=True)
+        mass_before = ordered.softmax(dim=-1).cumsum(dim=-1) - ordered.softmax(dim=-1)
+        outside = (mass_before >= top_p).scatter(-1, order, mass_before >= top_p)
+        outside.scatter_(-1, order[:, :1], False)
+        logits = logits.masked_fill(outside, float("-inf"))
+    return logits
+
+
+@torch.inference_mode()
+def generate(
+    model: PicoDecoder,
+    prompt: Tensor,
+    max_new_tokens: int,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int | None = None,
+    eos_id: int | None = None,
+) -> Tensor:
+    """Continue ``prompt`` (B, S) int64 by up to ``max_new_tokens``; returns (B, S + new) int64.
+
+    ``temperature`` 0 takes the most likely token. A sequence that has written ``eos_id`` is filled with it; generation
+    ends when all have. The same seed gives the same tokens on one machine. Raises ValueError for an empty prompt,
+    settings out of range, and lengths beyond the model's ``max_seq_len``.
+    """
+    batch, length = prompt.shape
+    limit = model.config.max_seq_len
+    if length < 1 or max_new_tokens < 0 or length + max_new_tokens > limit:
+        raise ValueError(
+            f"{length} prompt + {max_new_tokens} new tokens: 1 to max_seq_len = {limit} in all are possible"
+        )
+    if temperature < 0 or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
+        raise ValueError(f"temperature {temperature} >= 0, top_k {top_k} >= 1 and 0 < top_p {top_p} <= 1 expected")
+    generator = torch.Generator(prompt.device)
+    if seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(seed)
+    cache = KVCache(model.config, batch, limit, dtype=model.compute_dtype, device=prompt.device)
+    tokens, finished = prompt, torch.zeros(batch, dtype=torch.bool, device=prompt.device)
+    unread = prompt
+    for _ in range(max_new_tokens):
+        logits = model.de_embedding_proj(model.hidden(unread, cache)[:, -1]).float()
+        if temperature == 0:
+            unread = logits.argmax(dim=-1, keepdim=True)
+        else:
+            probabilities = filter_logits(logits / temperature, top_k, top_p).softmax(dim=-1)
+            unread = torch.multinomial(probabilities, 1, generator=generator)
+        if eos_id is not None:
+            unread = torch.where(finished[:, None], eos_id, unread)
+            finished = finished | (unread[:, 0] == eos_id)
+        tokens = torch.cat([tokens, unread], dim=1)
+        if eos_id is not None and bool(finished.all()):  # a host sync per token: generation is not the training loop
+            break
+    return tokens

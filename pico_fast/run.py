@@ -1,0 +1,175 @@
+"""A run between its loop's steps: what it resumes from, what it saves, evaluates and shows. The loop is in train.py."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import math
+from dataclasses import dataclass
+
+import torch
+
+from pico_fast import evaluate
+from pico_fast.checkpoint.errors import CheckpointError
+from pico_fast.checkpoint.layout import RunLayout
+from pico_fast.checkpoint.retention import due, prune
+from pico_fast.checkpoint.rng import rng_state
+from pico_fast.checkpoint.save import save_checkpoint
+from pico_fast.checkpoint.state import state_tensors
+from pico_fast.config import Config
+from pico_fast.data.evaluation_documents import Documents
+from pico_fast.data.source import TokenRows
+from pico_fast.data.stream import BatchStream
+from pico_fast.data.tokenizer import Tokenizer
+from pico_fast.interop.huggingface import export_model
+from pico_fast.model.decoder import PicoDecoder
+from pico_fast.model.sharding import tensor_parallel_dim
+from pico_fast.monitor import Monitor
+from pico_fast.runtime import GracefulStop, Runtime
+from pico_fast.step import StepValues
+
+
+class TrainingError(Exception):
+    """Training cannot go on; the message says why and what the last good checkpoint is. Exit code 1."""
+
+
+@dataclass
+class Run:
+    """A prepared run. ``step`` counts the updates applied to ``model``."""
+
+    config: Config
+    runtime: Runtime
+    layout: RunLayout
+    stop: GracefulStop
+    monitor: Monitor
+    model: PicoDecoder
+    optimizer: torch.optim.AdamW
+    rows: TokenRows
+    data_fingerprint: str
+    tokenizer: Tokenizer | None
+    documents: Documents | None
+    step: int = 0
+    saved_step: int | None = None  # the step that is durable on disk, as far as this process knows
+    resumed_step: int | None = None
+    nonfinite: int = 0
+    nonfinite_in_a_row: int = 0
+    failed_saves: int = 0
+
+    def open_batches(self) -> BatchStream:
+        """The batches from this step on."""
+        return BatchStream(
+            self.rows,
+            batch_size=self.config.data.dataloader.batch_size,
+            micro_batches=self.config.training.optimization.gradient_accumulation_steps,
+            start_step=self.step,
+            prefetch=self.config.data.dataloader.prefetch,
+            pin_memory=self.runtime.device.type == "cuda",
+        )
+
+    def observe(self, values: StepValues | None) -> None:
+        """Count and show the numbers of a finished step. Raises TrainingError after too many non-finite losses."""
+        if values is None:
+            return
+        finite = math.isfinite(values.loss)
+        self.nonfinite += not finite
+        self.nonfinite_in_a_row = 0 if finite else self.nonfinite_in_a_row + 1
+        self.monitor.train_step(values.step, values.loss, values.lr, values.grad_norm, self.nonfinite)
+        limit = self.config.training.optimization.max_nonfinite_in_a_row
+        if limit is not None and self.nonfinite_in_a_row >= limit:
+            raise TrainingError(
+                f"the loss was {values.loss} for {self.nonfinite_in_a_row} steps in a row, up to step {values.step} "
+                f"(training.optimization.max_nonfinite_in_a_row = {limit}); {self._last_good()}"
+            )
+
+    def _saves_at(self, step: int) -> bool:
+        return due(step, self.config.checkpointing) or step == self.config.training.max_steps
+
+    def _evaluates_at(self, step: int) -> bool:
+        if self.documents is None:
+            return False
+        return step % self.config.eval_every_n_steps == 0 or step == self.config.training.max_steps
+
+    def at_milestone(self) -> bool:
+        """Whether this step is to be saved or evaluated."""
+        return self._saves_at(self.step) or self._evaluates_at(self.step)
+
+    def begin(self) -> None:
+        """Save and evaluate the initial model; after a resume, only what the stopped run still owed."""
+        if self.at_milestone():
+            self.save_and_evaluate()
+
+    def save_and_evaluate(self) -> None:
+        """What is due at this step and not there yet."""
+        with self.monitor.paused():
+            if self._saves_at(self.step):
+                self.save()
+            done_before = self.step == self.resumed_step and self.layout.eval_results(self.step).exists()
+            if self._evaluates_at(self.step) and not done_before:
+                self.evaluate()
+            gc.collect()  # the loop runs with collection off; here a pause costs nothing
+
+    def finish(self) -> None:
+        """Save the last step, whether all are done or a signal has come. Raises CheckpointError if that fails."""
+        with self.monitor.paused():
+            self.save(last=True)
+        if self.stop.received is not None:
+            self.monitor.info(
+                f"{self.stop.received.name}: stopped after {self.step} steps; the same command goes on from there"
+            )
+        elif self.step >= self.config.training.max_steps:
+            self.monitor.info(f"Done: {self.step} steps, in {self.layout.root}")
+
+    def save(self, *, last: bool = False) -> None:
+        """Commit a checkpoint of this step. A failure is shown and training goes on, ``max_failed_saves`` times."""
+        if self.step == self.saved_step:
+            return
+        model_state = dict(self.model.named_parameters())
+        try:
+            report = save_checkpoint(
+                self.layout,
+                self.step,
+                tensors=state_tensors(self.model, self.optimizer),
+                meta=self._meta(),
+                write_extra=lambda folder: export_model(folder, model_state, self.config.model, self.tokenizer),
+            )
+        except CheckpointError as error:
+            self.failed_saves += 1
+            limit = self.config.checkpointing.max_failed_saves
+            if last or self.failed_saves >= limit:
+                raise
+            self.monitor.warning(f"{error}; training goes on (failed save {self.failed_saves} of at most {limit})")
+            return
+        self.failed_saves, self.saved_step = 0, self.step
+        self.monitor.checkpoint(self.step, report.seconds, report.bytes)
+        try:
+            prune(self.layout, self.config.checkpointing)
+        except (OSError, CheckpointError) as error:
+            self.monitor.warning(f"old checkpoints stay: {error}")
+
+    def _meta(self) -> dict[str, object]:
+        return {
+            "rng": rng_state(),
+            "nonfinite": self.nonfinite,
+            "nonfinite_in_a_row": self.nonfinite_in_a_row,
+            "data_fingerprint": self.data_fingerprint,
+            "tensor_parallel_dim": {name: tensor_parallel_dim(name) for name, _ in self.model.named_parameters()},
+            "config": dataclasses.asdict(self.config),
+        }
+
+    def _last_good(self) -> str:
+        step = self.layout.latest_step()
+        return "there is no checkpoint" if step is None else f"the last checkpoint is {self.layout.step_dir(step)}"
+
+    def evaluate(self) -> None:
+        """Perplexity of the live weights, into ``eval_results/step_N.json``; given up if the run is asked to stop."""
+        assert self.documents is not None
+        result = evaluate.evaluate_perplexity(
+            self.model,
+            self.documents,
+            batch_size=self.config.evaluation.paloma.batch_size,
+            device=self.runtime.device,
+            should_stop=self.stop,
+        )
+        if result is not None:
+            evaluate.write_eval_results(self.layout.eval_results(self.step), result)
+            self.monitor.evaluation(self.step, result.metrics())

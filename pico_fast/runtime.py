@@ -1,0 +1,138 @@
+"""The process: its device, precision, threads, place among other processes, and the signals that end it."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import FrameType
+
+import torch
+
+from pico_fast.config import Config
+
+
+class UsageError(Exception):
+    """Something the user must change; shown as one message, exit code 2."""
+
+
+# training.fabric.precision -> (dtype of parameters and optimizer state, dtype of activations)
+PRECISIONS: dict[str, tuple[torch.dtype, torch.dtype]] = {
+    "bf16-mixed": (torch.float32, torch.bfloat16),
+    "bf16-true": (torch.bfloat16, torch.bfloat16),
+    "32-true": (torch.float32, torch.float32),
+}
+
+
+def world_size() -> int:
+    """Processes that torchrun started (1 without it)."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """What the rest of a run needs to know of its process. ``warnings`` are for the user, one line each."""
+
+    device: torch.device
+    param_dtype: torch.dtype
+    compute_dtype: torch.dtype
+    threads: int
+    warnings: tuple[str, ...] = ()
+
+
+def _device(accelerator: str) -> tuple[torch.device, str | None]:
+    index = int(os.environ.get("LOCAL_RANK", "0"))
+    available = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    wanted = {"gpu": "cuda"}.get(accelerator, accelerator)
+    kind = next(kind for kind, there in available.items() if there) if wanted == "auto" else wanted
+    if available[kind]:
+        return torch.device(kind, index) if kind == "cuda" else torch.device(kind), None
+    return torch.device("cpu"), (
+        f"training.fabric.accelerator is {accelerator!r} and this machine has none: training on the CPU "
+        "(training.fabric.accelerator=cpu says so without this line)"
+    )
+
+
+def start_runtime(config: Config) -> Runtime:
+    """Choose device and precision and set torch's thread count.
+
+    torchrun sets OMP_NUM_THREADS=1, which would leave a CPU run on one core: ``runtime.threads`` (default: every core
+    this process may use) is set here instead. Raises UsageError for more than one process.
+    """
+    fabric = config.training.fabric
+    if world_size() > 1:
+        raise UsageError(
+            f"{world_size()} processes were started, this version of pico-fast trains in one: "
+            "use --nproc-per-node 1 and --nnodes 1"
+        )
+    warnings = []
+    if fabric.num_nodes * fabric.num_devices != world_size():
+        warnings.append(
+            f"training.fabric asks for {fabric.num_nodes} node(s) x {fabric.num_devices} device(s); "
+            f"the {world_size()} process started here decides"
+        )
+    device, warning = _device(fabric.accelerator)
+    if warning:
+        warnings.append(warning)
+    usable_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = config.runtime.threads or usable_cores
+    torch.set_num_threads(threads)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return Runtime(device, *PRECISIONS[fabric.precision], threads, tuple(warnings))
+
+
+class GracefulStop:
+    """Turns SIGTERM, SIGINT and SIGUSR1 into a request that the loop reads between steps; a second one exits at once.
+
+    torchrun forwards the signal that it and its worker have both received from the terminal, so signals within
+    ``same_request_s`` seconds of the first count as the same request.
+    """
+
+    same_request_s = 2.0
+    signals = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self._first = 0.0
+
+    def __call__(self) -> bool:
+        """Whether the run has been asked to stop."""
+        return self.received is not None
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if self.received is None:
+            self.received, self._first = signal.Signals(number), now
+        elif now - self._first > self.same_request_s:
+            os._exit(128 + number)  # the last committed checkpoint stands; nothing is half-renamed by this
+
+    def __enter__(self) -> GracefulStop:
+        self._before = {number: signal.signal(number, self._handle) for number in self.signals}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def frozen_gc() -> Iterator[None]:
+    """No garbage collection inside: a full collection of a training process has been seen to pause it for half a
+    second (nanochat). Objects alive at the start are not looked at again; reference counting goes on as always."""
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.unfreeze()

@@ -1,0 +1,221 @@
+"""Setting a run up: its inputs, its directory, its model, and the checkpoint that it goes on from."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pico_kernels import KernelSet
+
+from pico_fast.checkpoint.layout import RunLayout, default_run_name
+from pico_fast.checkpoint.load import latest_good
+from pico_fast.checkpoint.lock import RunLock
+from pico_fast.checkpoint.rng import set_rng_state
+from pico_fast.checkpoint.save import remove_leftovers
+from pico_fast.checkpoint.state import LoadedState, StateMismatchError, load_state_tensors
+from pico_fast.config import Config
+from pico_fast.config_io import to_yaml
+from pico_fast.data.errors import TokenizerError
+from pico_fast.data.evaluation_documents import Documents, load_documents
+from pico_fast.data.source import TokenRows, open_rows
+from pico_fast.data.tokenizer import Tokenizer, load_tokenizer
+from pico_fast.flops import flops_per_token, parameter_counts, peak_flops
+from pico_fast.model.build import build_kernels, build_model
+from pico_fast.model.decoder import PicoDecoder
+from pico_fast.monitor import Monitor
+from pico_fast.optim import build_optimizer
+from pico_fast.run import Run
+from pico_fast.runtime import GracefulStop, Runtime, UsageError
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the user gave, opened and looked at. ``warnings`` are for the user, one line each."""
+
+    kernels: KernelSet
+    rows: TokenRows
+    tokenizer: Tokenizer | None
+    documents: Documents | None
+    warnings: tuple[str, ...]
+
+
+def open_inputs(config: Config, runtime: Runtime) -> Inputs:
+    """Open kernels, data and tokenizer. Raises UsageError, DataError or TokenizerError; writes nothing."""
+    kernels, warnings = build_kernels(config, runtime), list(runtime.warnings)
+    model, dataset = config.model, config.data.dataset
+    rows = open_rows(dataset.name, dataset.split, dataset.revision, vocab_size=model.vocab_size)
+    if rows.row_len > model.max_seq_len + 1:
+        raise UsageError(
+            f"data.dataset.name: {dataset.name} has rows of {rows.row_len} ids, model.max_seq_len = "
+            f"{model.max_seq_len} allows {model.max_seq_len + 1} (inputs and labels overlap by all but one)"
+        )
+    if rows.row_len < model.max_seq_len + 1:
+        warnings.append(
+            f"{dataset.name} has rows of {rows.row_len} ids: the model sees {rows.row_len - 1} tokens at a time, "
+            f"less than model.max_seq_len = {model.max_seq_len}"
+        )
+    tokenizer = None
+    try:
+        tokenizer = load_tokenizer(config.data.tokenizer.name)
+    except TokenizerError as error:
+        warnings.append(f"{error}. Training goes on without one; the checkpoints will have no tokenizer files")
+    if tokenizer is not None and tokenizer.vocab_size > model.vocab_size:
+        raise UsageError(
+            f"data.tokenizer.name: {tokenizer.name} has {tokenizer.vocab_size} ids, "
+            f"model.vocab_size is {model.vocab_size}"
+        )
+    documents = None
+    if "paloma" in (config.evaluation.metrics or []):
+        documents = load_documents(config.evaluation.paloma, tokenizer, model.max_seq_len, model.vocab_size)
+    if config.checkpointing.save_to_hf:
+        warnings.append("checkpointing.save_to_hf: this version does not upload, checkpoints stay on this disk")
+    return Inputs(kernels, rows, tokenizer, documents, tuple(warnings))
+
+
+@contextlib.contextmanager
+def prepare_run(config: Config, runtime: Runtime, stop: GracefulStop) -> Iterator[Run]:
+    """Open the inputs, lock the run directory, build the model and load the newest good checkpoint.
+
+    Nothing is written before everything that the user gave has been looked at. Raises UsageError, DataError,
+    TokenizerError, MonitorError or RunLockedError for wrong input, CheckpointError if a run has checkpoints and none
+    of them is good.
+    """
+    if config.checkpointing.run_name is None:
+        config.checkpointing.run_name = default_run_name()
+    layout = RunLayout.from_config(config.checkpointing)
+    inputs = open_inputs(config, runtime)
+    with RunLock(layout):
+        remove_leftovers(layout)
+        model = build_model(config, inputs.kernels, runtime)
+        optimizer = build_optimizer(model, config.training.optimization)
+        fingerprint, notes = inputs.rows.fingerprint(), list(inputs.warnings)
+        found, counters = latest_good(layout), {"step": 0}
+        if found is not None:
+            step, state, rejected = found
+            notes += [f"step_{damaged} was passed over: {reason}" for damaged, reason in rejected]
+            notes += _resume(config, layout, state, model, optimizer, fingerprint)
+            counters = {"step": step, "saved_step": step if state.source == "pico-fast" else None, "resumed_step": step}
+            counters |= {name: state.meta.get(name, 0) for name in ("nonfinite", "nonfinite_in_a_row")}
+        with open_monitor(config, runtime, layout, inputs.rows.row_len - 1, counters) as monitor:
+            introduce(monitor, config, runtime, layout, inputs, resumed=found is not None)
+            for note in notes:
+                monitor.warning(note)
+            write_config(layout, config)
+            yield Run(
+                config=config,
+                runtime=runtime,
+                layout=layout,
+                stop=stop,
+                monitor=monitor,
+                model=model,
+                optimizer=optimizer,
+                rows=inputs.rows,
+                data_fingerprint=fingerprint,
+                tokenizer=inputs.tokenizer,
+                documents=inputs.documents,
+                **counters,
+            )
+
+
+def _resume(
+    config: Config,
+    layout: RunLayout,
+    state: LoadedState,
+    model: PicoDecoder,
+    optimizer: Any,
+    fingerprint: str,
+) -> list[str]:
+    """Load ``state``; returns what differs from the run that saved it. Raises UsageError where it cannot go on."""
+    if not config.checkpointing.training.auto_resume:
+        raise UsageError(
+            f"{layout.root} has a checkpoint of step {state.step} and checkpointing.training.auto_resume is false: "
+            "give another checkpointing.run_name, or resume"
+        )
+    notes = list(state.warnings)
+    before = state.meta.get("config")
+    if before is not None:
+        changes = list(_changes(before, dataclasses.asdict(config)))
+        if any(key.startswith("model.") for key, _, _ in changes):
+            raise UsageError(
+                f"{layout.step_dir(state.step)} is of another model: "
+                + "; ".join(f"{key} was {old}, now {new}" for key, old, new in changes if key.startswith("model."))
+                + "; give the old values or another checkpointing.run_name"
+            )
+        notes += [f"changed since the last checkpoint: {key} was {old!r}, now {new!r}" for key, old, new in changes]
+    if state.meta.get("data_fingerprint", fingerprint) != fingerprint:
+        notes.append(
+            f"data.dataset.name: {config.data.dataset.name} is not what the run was trained on before; "
+            f"step {state.step} goes on with rows counted in the new data"
+        )
+    try:
+        load_state_tensors(model, optimizer, state.tensors)
+    except StateMismatchError as error:
+        raise UsageError(f"{layout.step_dir(state.step)}: {error}") from None
+    set_rng_state(state.meta.get("rng", {}))
+    return notes
+
+
+def _changes(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Dotted keys whose values differ, with both values."""
+    for name in sorted(set(before) & set(now)):
+        if isinstance(before[name], Mapping) and isinstance(now[name], Mapping):
+            yield from _changes(before[name], now[name], f"{prefix}{name}.")
+        elif before[name] != now[name]:
+            yield f"{prefix}{name}", before[name], now[name]
+
+
+def open_monitor(
+    config: Config, runtime: Runtime, layout: RunLayout, seq_len: int, counters: Mapping[str, Any]
+) -> Monitor:
+    """The run's monitor; measures the device's matmul rate (0.2 s) where no vendor figure is known."""
+    return Monitor(
+        config,
+        run_dir=layout.root,
+        metrics_file=layout.metrics,
+        logs_dir=layout.logs,
+        wandb_id_file=layout.wandb_id,
+        start_step=counters["step"],
+        tokens_per_step=config.data.dataloader.batch_size * seq_len,
+        flops_per_token=flops_per_token(config.model, seq_len),
+        peak=peak_flops(runtime.device, runtime.compute_dtype),
+        device=runtime.device,
+        resumed="resumed_step" in counters,
+        nonfinite_before=counters.get("nonfinite", 0),
+    )
+
+
+def introduce(
+    monitor: Monitor, config: Config, runtime: Runtime, layout: RunLayout, inputs: Inputs, *, resumed: bool
+) -> None:
+    """Say what runs, on what, where, and what of the configuration this version does not do."""
+    wanted = config.training.max_steps * config.data.dataloader.batch_size
+    monitor.info(
+        f"{layout.root}: {parameter_counts(config.model).total:,} parameters, "
+        f"{config.training.fabric.precision} on {runtime.device} with {runtime.threads} CPU threads"
+    )
+    monitor.info(f"kernels: {inputs.kernels.describe()}")
+    if not inputs.rows.has(wanted - 1):
+        monitor.info(
+            f"{config.data.dataset.name} has {inputs.rows.n_rows:,} rows, training reads {wanted:,}: "
+            f"{wanted / inputs.rows.n_rows:.1f} passes in the same order"
+        )
+    monitor.info(
+        "learning dynamics (checkpointing.learning_dynamics) are not recorded by this version; "
+        "weights of every checkpoint are"
+    )
+    if resumed:
+        monitor.info("resuming; metrics.jsonl goes on, and its last word on a step counts")
+
+
+def write_config(layout: RunLayout, config: Config) -> None:
+    """Write ``training_config.yaml`` anew, atomically. Raises OSError."""
+    temporary = layout.training_config.with_suffix(".tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(to_yaml(config))
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, layout.training_config)

@@ -1,0 +1,340 @@
+"""At every system call: a crash, an error, a short write, a power cut. The disk holds the old checkpoints or the new ones."""
+
+import contextlib
+import errno
+import itertools
+import os
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from pico_fast.checkpoint.errors import CheckpointError
+from pico_fast.checkpoint.filesystem import FileSystem
+from pico_fast.checkpoint.integrity import verify_step
+from pico_fast.checkpoint.layout import RunLayout
+from pico_fast.checkpoint.load import latest_good
+from pico_fast.checkpoint.retention import prune
+from pico_fast.checkpoint.save import remove_leftovers, save_checkpoint
+from pico_fast.config import CheckpointingConfig
+
+CALLS = [name for name in vars(FileSystem) if not name.startswith("_")]
+
+
+class Crash(BaseException):
+    """The process is dead: no handler of an Exception runs, and no further call has an effect."""
+
+
+class Quick(FileSystem):
+    """Does not wait for the disk: these tests take place in the page cache."""
+
+    def fsync(self, fd):
+        pass
+
+    def sync(self, path):
+        os.close(os.open(path, os.O_RDONLY))
+
+
+def routed(base: type[FileSystem]) -> type[FileSystem]:
+    """``base`` with every method passed through ``self.through(name, *arguments)``."""
+
+    def method(name):
+        return lambda self, *arguments: self.through(name, *arguments)
+
+    return type("Routed", (base,), {name: method(name) for name in CALLS})
+
+
+class Faulty(routed(Quick)):
+    """Call number ``at`` goes wrong; with ``lasting`` all later ones too."""
+
+    def __init__(self, at: int, fault: str, lasting: bool = False):
+        self.at, self.fault, self.lasting = at, fault, lasting
+        self.calls: list[str] = []
+
+    def through(self, name, *arguments):
+        number = len(self.calls)
+        self.calls.append(name)
+        if number == self.at or (number > self.at and self.lasting):
+            if self.fault == "crash":
+                if name == "write" and number == self.at:
+                    Quick.write(self, arguments[0], arguments[1][: len(arguments[1]) // 2])
+                raise Crash
+            if self.fault == "short":
+                if name == "write":
+                    return Quick.write(self, arguments[0], arguments[1][: max(1, len(arguments[1]) // 3)])
+            elif name not in ("close", "free_bytes") or self.fault == "EIO":
+                if name == "close":
+                    Quick.close(self, *arguments)
+                raise OSError(getattr(errno, self.fault), os.strerror(getattr(errno, self.fault)))
+        return getattr(Quick, name)(self, *arguments)
+
+
+def tensors_of(version: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(version)
+    return {
+        "model/w": torch.randn(50, generator=generator),
+        "optimizer/exp_avg/w": torch.randn(50, generator=generator),
+    }
+
+
+def export_of(version: int):
+    def export(folder: Path) -> None:
+        (folder / "config.json").write_text(f'{{"version": {version}}}')
+        (folder / "more").mkdir()
+        (folder / "more" / "vocab.txt").write_text(f"{version}\n" * 10)
+
+    return export
+
+
+def save(layout: RunLayout, step: int, version: int, fs: FileSystem) -> None:
+    save_checkpoint(
+        layout, step, tensors=tensors_of(version), meta={"version": version}, write_extra=export_of(version), fs=fs
+    )
+
+
+def damage(layout: RunLayout, step: int) -> None:
+    path = layout.state_dir(step) / "rank_00000.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 4
+    path.write_bytes(content)
+
+
+class Scenario:
+    """A run directory before the operation, the operation, and which (step, version) may be the newest good after it."""
+
+    def __init__(
+        self, name: str, prepared: dict[int, int], damaged: int | None, old: tuple[int, int], new: tuple[int, int]
+    ):
+        self.name, self.prepared, self.damaged, self.old, self.new = name, prepared, damaged, old, new
+
+    def prepare(self, root: Path) -> RunLayout:
+        layout = RunLayout(root)
+        for step, version in self.prepared.items():
+            save(layout, step, version, Quick())
+        if self.damaged is not None:
+            damage(layout, self.damaged)
+        return layout
+
+    def operate(self, layout: RunLayout, fs: FileSystem) -> None:
+        if self.name == "prune":
+            prune(layout, CheckpointingConfig(keep_last=1), fs)
+        else:
+            save(layout, self.new[0], self.new[1], fs)
+
+    def check(self, layout: RunLayout, allowed: list[tuple[int, int]]) -> None:
+        step, state, _ = latest_good(layout)
+        assert (step, state.meta["version"]) in allowed
+        assert not state.warnings
+        expected = tensors_of(state.meta["version"])
+        assert set(state.tensors) == set(expected)
+        assert all(torch.equal(state.tensors[name], tensor) for name, tensor in expected.items())
+        for other in layout.steps():
+            assert verify_step(layout, other).good or (other == self.damaged and self.old in allowed)
+        if os.path.lexists(layout.latest):
+            latest = layout.latest_step()
+            assert latest is not None
+            assert verify_step(layout, latest).good or latest == self.damaged
+
+
+SCENARIOS = [
+    Scenario("a new step", {1: 1}, None, (1, 1), (2, 2)),
+    Scenario("over a damaged step", {1: 1, 2: 2}, 2, (1, 1), (2, 3)),
+    Scenario("prune", {1: 1, 2: 2, 3: 3}, None, (3, 3), (3, 3)),
+]
+by_name = pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.name)
+
+
+@pytest.fixture
+def fresh(tmp_path):
+    """Makes run directories in the state before the operation, by copying one."""
+    counter = itertools.count()
+
+    def make(scenario: Scenario) -> RunLayout:
+        template = tmp_path / "template"
+        if not template.exists():
+            scenario.prepare(template)
+        root = tmp_path / f"run{next(counter)}"
+        shutil.copytree(template, root, symlinks=True)
+        return RunLayout(root)
+
+    return make
+
+
+def calls_of(scenario: Scenario, layout: RunLayout) -> list[str]:
+    fs = Faulty(-1, "crash")
+    scenario.operate(layout, fs)
+    scenario.check(layout, [scenario.new])
+    return fs.calls
+
+
+@by_name
+def test_a_crash_at_every_call(scenario, fresh):
+    calls = calls_of(scenario, fresh(scenario))
+    assert len(calls) > 10
+    for at in range(len(calls)):
+        layout = fresh(scenario)
+        with pytest.raises(Crash):
+            scenario.operate(layout, Faulty(at, "crash", lasting=True))
+        scenario.check(layout, [scenario.old, scenario.new])
+        remove_leftovers(layout, Quick())  # the next start
+        scenario.check(layout, [scenario.old, scenario.new])
+        assert not [path for path in layout.checkpoints.rglob(".t*") if path != layout.next_latest]
+        scenario.operate(layout, Quick())
+        scenario.check(layout, [scenario.new])
+
+
+@by_name
+@pytest.mark.parametrize("fault", ["EIO", "ENOSPC"])
+@pytest.mark.parametrize("lasting", [False, True], ids=["once", "from then on"])
+def test_an_error_at_every_call(scenario, fresh, fault, lasting):
+    calls = calls_of(scenario, fresh(scenario))
+    for at in range(len(calls)):
+        layout = fresh(scenario)
+        fs = Faulty(at, fault, lasting)
+        with contextlib.suppress(CheckpointError, OSError):
+            try:
+                scenario.operate(layout, fs)
+            except CheckpointError as error:
+                assert error.errno == getattr(errno, fault)
+                assert str(layout.root) in str(error.path)
+                assert f"({fault})" in str(error)
+                latest = layout.latest_step()
+                complete = latest == scenario.new[0] and "is complete and the latest" in str(error)
+                assert complete or f"step_{latest} is still the latest checkpoint" in str(error)
+                raise
+        scenario.check(layout, [scenario.old, scenario.new])
+        if not lasting and scenario.name != "prune" and calls[at] != "remove_tree":  # the disk is not left full
+            assert not list(layout.checkpoints.glob("*/.tmp-*"))
+        scenario.operate(layout, Quick())
+        scenario.check(layout, [scenario.new])
+        assert not list(layout.checkpoints.rglob(".tmp-*"))
+
+
+@by_name
+def test_a_short_write_at_every_call(scenario, fresh):
+    for at in range(len(calls_of(scenario, fresh(scenario)))):
+        layout = fresh(scenario)
+        scenario.operate(layout, Faulty(at, "short"))
+        scenario.check(layout, [scenario.new])
+    layout = fresh(scenario)
+    scenario.operate(layout, Faulty(0, "short", lasting=True))
+    scenario.check(layout, [scenario.new])
+
+
+def test_a_write_that_takes_nothing_is_an_error(tmp_path):
+    class Stuck(Quick):
+        def write(self, fd, data):
+            return 0
+
+    with pytest.raises(CheckpointError, match="EIO"):
+        save(RunLayout(tmp_path), 1, 1, Stuck())
+
+
+class Node:
+    """A file (``data``: the bytes an fsync has made durable) or a folder (names now, and names made durable)."""
+
+    def __init__(self, folder: bool):
+        self.folder = folder
+        self.data = b""
+        self.link: str | None = None
+        self.names: dict[str, Node] = {}
+        self.durable: dict[str, Node] = {}
+
+
+class PowerCut(routed(Quick)):
+    """Keeps account of what the disk is bound to hold: an fsync makes a file's bytes, or a folder's names, durable.
+
+    Everything since then may be lost or kept, name by name, which is worse than what journalling file systems do (after
+    Pillai et al., "All File Systems Are Not Created Equal", OSDI 2014). ``at_each_call`` is called before each call.
+    """
+
+    def __init__(self, base: Path, at_each_call):
+        self.base, self.at_each_call = base, at_each_call
+        self.root = self._adopt(base)
+        self.open: dict[int, Path] = {}
+
+    def _adopt(self, path: Path, durable: bool = True) -> Node:
+        node = Node(path.is_dir() and not path.is_symlink())
+        if path.is_symlink():
+            node.link = os.readlink(path)
+        elif node.folder:
+            node.names = {inner.name: self._adopt(inner, durable) for inner in path.iterdir()}
+            node.durable = dict(node.names) if durable else {}
+        elif durable:
+            node.data = path.read_bytes()
+        return node
+
+    def _find(self, path: Path) -> Node:
+        node = self.root
+        for part in path.relative_to(self.base).parts:
+            node = node.names[part]
+        return node
+
+    def through(self, name, *arguments):
+        self.at_each_call(self)
+        path = arguments[0]
+        if name == "sync" and path.is_file():
+            for folder in reversed([path, *path.parents]):  # what other libraries wrote is met here for the first time
+                if folder != self.base and self.base in folder.parents:
+                    self._find(folder.parent).names.setdefault(folder.name, self._adopt(folder, durable=False))
+        result = getattr(Quick, name)(self, *arguments)
+        if name == "create":
+            self.open[result] = path
+            self._find(path.parent).names[path.name] = Node(False)
+        elif name == "fsync":
+            self._find(self.open[path]).data = self.open[path].read_bytes()
+        elif name == "sync":
+            node = self._find(path)
+            if node.folder:
+                node.durable = dict(node.names)
+            else:
+                node.data = path.read_bytes()
+        elif name in ("mkdir", "symlink"):
+            node = self._find(path.parent).names[path.name] = Node(name == "mkdir")
+            node.link = arguments[1] if name == "symlink" else None
+        elif name == "rename":
+            node = self._find(path.parent).names.pop(path.name)
+            self._find(arguments[1].parent).names[arguments[1].name] = node
+        elif name in ("unlink", "rmdir", "remove_tree"):
+            self._find(path.parent).names.pop(path.name, None)
+        return result
+
+    def after_the_cut(self, root: Path, chance: random.Random | None) -> None:
+        """Write to ``root`` what the disk may hold: only what is durable, or, with ``chance``, any part of the rest too."""
+        self._restore(self.root, root, chance)
+
+    def _restore(self, node: Node, path: Path, chance: random.Random | None) -> None:
+        if node.link is not None:
+            path.symlink_to(node.link)
+        elif not node.folder:
+            path.write_bytes(node.data)
+        else:
+            path.mkdir()
+            for name in sorted({*node.names, *node.durable}):
+                names = node.names if chance is not None and chance.random() < 0.5 else node.durable
+                if name in names:
+                    self._restore(names[name], path / name, chance)
+
+
+@by_name
+def test_a_power_cut_at_every_call(scenario, fresh, tmp_path):
+    layout = fresh(scenario)
+    chance = random.Random(0)
+    cuts = itertools.count()
+
+    def cut(fs: PowerCut, allowed: list[tuple[int, int]]) -> None:
+        for draw in range(6):
+            root = tmp_path / f"cut{next(cuts)}"
+            fs.after_the_cut(root, chance if draw else None)
+            after = RunLayout(root)
+            scenario.check(after, allowed)
+            remove_leftovers(after, Quick())
+            scenario.check(after, allowed)
+            shutil.rmtree(root)
+
+    fs = PowerCut(layout.root, lambda fs: cut(fs, [scenario.old, scenario.new]))
+    scenario.operate(layout, fs)
+    cut(fs, [scenario.new])
+    assert next(cuts) > 100

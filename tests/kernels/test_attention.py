@@ -1,0 +1,216 @@
+"""Attention: `torch` and `sdpa` against the float64 reference; causality, cached decoding, layouts, messages."""
+
+import re
+from collections.abc import Callable
+
+import pico_kernels as pk
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pico_kernels import _attention_cpu
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def draw(
+    batch: int, queries: int, keys: int, heads: int, kv_heads: int, dim: int, dtype: torch.dtype
+) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(queries * 1000 + keys)
+    shapes = [(batch, queries, heads, dim), (batch, keys, kv_heads, dim), (batch, keys, kv_heads, dim)]
+    return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+
+
+def plain(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool = True, scale: float | None = None
+) -> torch.Tensor:
+    """Attention as written in plain PyTorch, every op in the input dtype."""
+    group = q.shape[2] // k.shape[2]
+    k, v = (t.repeat_interleave(group, 2).transpose(1, 2) for t in (k, v))
+    scores = (q.transpose(1, 2) * (q.shape[-1] ** -0.5 if scale is None else scale)) @ k.transpose(-1, -2)
+    if causal:
+        future = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1 + k.shape[2] - q.shape[1])
+        scores = scores.masked_fill(future, -torch.inf)
+    return (torch.softmax(scores, -1) @ v).transpose(1, 2)
+
+
+def with_grads(call: Callable, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+    leaves = [t.detach().clone().requires_grad_() for t in inputs]
+    out = call(*leaves)
+    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(5)).to(out.dtype)
+    return [out, *torch.autograd.grad(out, leaves, upstream)]
+
+
+def assert_flash_rule(inputs: list[torch.Tensor], impl: str, causal: bool = True, scale: float | None = None) -> None:
+    """Error against float64 at most twice plain PyTorch's in this dtype, plus one ulp of the largest value."""
+    wide = [t.double() for t in inputs]
+    truth = with_grads(lambda *a: pk.attention(*a, causal=causal, scale=scale, impl="reference"), wide)
+    base = with_grads(lambda *a: plain(*a, causal=causal, scale=scale), inputs)
+    ours = with_grads(lambda *a: pk.attention(*a, causal=causal, scale=scale, impl=impl), inputs)
+    for name, want, other, got in zip(("out", "dq", "dk", "dv"), truth, base, ours, strict=True):
+        assert got.dtype == other.dtype
+        assert got.shape == other.shape
+        ulp = torch.finfo(got.dtype).eps * want.abs().max().clamp(min=1)
+        assert (got.double() - want).abs().max() <= 2 * (other.double() - want).abs().max() + ulp, name
+
+
+def test_the_reference_equals_a_dense_mask() -> None:
+    inputs = draw(2, 5, 9, 6, 2, 8, torch.float64)
+    torch.testing.assert_close(pk.attention(*inputs, impl="reference"), plain(*inputs))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    batch=st.integers(1, 3),
+    queries=st.integers(1, 40),
+    cached=st.integers(0, 30),
+    kv_heads=st.integers(1, 3),
+    group=st.integers(1, 3),
+    dim=st.sampled_from([1, 3, 8, 16, 20]),
+    dtype=st.sampled_from(DTYPES),
+    causal=st.booleans(),
+    scale=st.sampled_from([None, 0.3]),
+    rows=st.sampled_from([1, 8, 128]),
+)
+def test_accuracy(
+    batch: int,
+    queries: int,
+    cached: int,
+    kv_heads: int,
+    group: int,
+    dim: int,
+    dtype: torch.dtype,
+    causal: bool,
+    scale: float | None,
+    rows: int,
+) -> None:
+    inputs = draw(batch, queries, queries + cached, kv_heads * group, kv_heads, dim, dtype)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_attention_cpu, "_MAX_ROWS", rows)
+        patch.setattr(_attention_cpu, "_MIN_ROWS", min(rows, 16))
+        assert_flash_rule(inputs, "torch", causal, scale)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("impl", ["torch", "sdpa"])
+@pytest.mark.parametrize("shape", [(1, 130, 130, 12, 4, 8), (2, 65, 65, 3, 3, 32), (1, 33, 100, 2, 1, 8)])
+def test_accuracy_over_several_tiles(shape: tuple[int, ...], impl: str, dtype: torch.dtype) -> None:
+    assert_flash_rule(draw(*shape, dtype), impl)
+
+
+@pytest.mark.parametrize("impl", ["reference", "torch", "sdpa"])
+@pytest.mark.parametrize("prompt", [1, 7, 20])
+def test_decoding_with_a_cache_equals_the_whole(impl: str, prompt: int) -> None:
+    q, k, v = draw(2, 20, 20, 4, 2, 8, torch.float32)
+    whole = pk.attention(q, k, v, impl=impl)
+    parts = [pk.attention(q[:, :prompt], k[:, :prompt], v[:, :prompt], impl=impl)]
+    parts += [pk.attention(q[:, t : t + 1], k[:, : t + 1], v[:, : t + 1], impl=impl) for t in range(prompt, 20)]
+    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("impl", ["torch", "sdpa"])
+def test_the_future_has_no_influence(impl: str) -> None:
+    q, k, v = draw(1, 40, 40, 4, 2, 8, torch.float32)
+    before = pk.attention(q, k, v, impl=impl)[:, :25]
+    k[:, 25:], v[:, 25:] = 1e4, torch.nan
+    assert torch.equal(pk.attention(q[:, :25], k[:, :25], v[:, :25], impl=impl), before) or torch.allclose(
+        pk.attention(q[:, :25], k[:, :25], v[:, :25], impl=impl), before, atol=1e-6
+    )
+
+
+def strided(x: torch.Tensor, kind: str) -> torch.Tensor:
+    if kind == "heads_first":
+        return x.transpose(1, 2).contiguous().transpose(1, 2)
+    if kind == "packed":
+        packed = torch.zeros(*x.shape[:-1], 3 * x.shape[-1], dtype=x.dtype)
+        packed[..., x.shape[-1] : 2 * x.shape[-1]] = x
+        return packed[..., x.shape[-1] : 2 * x.shape[-1]]
+    return x[:1].expand_as(x)
+
+
+@pytest.mark.parametrize("kind", ["heads_first", "packed", "expanded"])
+def test_any_layout_of_inputs_and_gradient(kind: str) -> None:
+    views = [strided(t, kind).detach().requires_grad_() for t in draw(2, 37, 37, 6, 2, 8, torch.float32)]
+    dense = [t.detach().contiguous().requires_grad_() for t in views]
+    got, want = pk.attention(*views, impl="torch"), pk.attention(*dense, impl="torch")
+    assert torch.equal(got, want)
+    grad = strided(torch.randn(got.shape, generator=torch.Generator().manual_seed(3)), kind)
+    expected = torch.autograd.grad(want, dense, grad.contiguous())
+    for a, b in zip(torch.autograd.grad(got, views, grad), expected, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("needed", [(0,), (1,), (2,), (0, 2), (1, 2)])
+def test_only_the_gradients_asked_for(needed: tuple[int, ...]) -> None:
+    inputs = draw(1, 20, 20, 2, 1, 8, torch.float32)
+    every = with_grads(lambda *a: pk.attention(*a, impl="torch"), inputs)
+    for index in needed:
+        inputs[index].requires_grad_()
+    out = pk.attention(*inputs, impl="torch")
+    out.backward(torch.randn(out.shape, generator=torch.Generator().manual_seed(5)))
+    for index, tensor in enumerate(inputs):
+        if index in needed:
+            assert torch.equal(tensor.grad, every[1 + index])
+        else:
+            assert tensor.grad is None
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_two_runs_have_the_same_bits(dtype: torch.dtype) -> None:
+    inputs = draw(2, 70, 70, 6, 2, 8, dtype)
+    first, second = (with_grads(lambda *a: pk.attention(*a, impl="torch"), inputs) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_gradcheck() -> None:
+    inputs = [t.requires_grad_() for t in draw(1, 5, 7, 4, 2, 4, torch.float64)]
+    assert torch.autograd.gradcheck(lambda *a: pk.attention(*a, impl="torch"), inputs)
+
+
+@pytest.mark.parametrize("impl", ["reference", "torch", "sdpa"])
+@pytest.mark.parametrize("batch", [0, 2])
+def test_zero_rows(impl: str, batch: int) -> None:
+    queries = 3 if batch == 0 else 0
+    q, k, v = (t.requires_grad_() for t in draw(batch, queries, queries, 4, 2, 8, torch.float32))
+    out = pk.attention(q, k, v, impl=impl)
+    assert out.shape == q.shape
+    out.sum().backward()
+    assert k.grad.shape == k.shape
+
+
+def test_equal_lengths_and_single_queries_build_no_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    import pico_kernels.attention  # noqa: F401
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("a dense mask")
+
+    monkeypatch.setattr(sys.modules["pico_kernels.attention"], "_lower_right_mask", refuse)
+    for impl in ("torch", "sdpa"):
+        pk.attention(*draw(1, 9, 9, 2, 1, 8, torch.float32), impl=impl)
+        pk.attention(*draw(1, 1, 9, 2, 1, 8, torch.float32), impl=impl)
+
+
+Q, K = torch.zeros(2, 4, 6, 8), torch.zeros(2, 4, 2, 8)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: pk.attention(Q[0], K, K), "attention: q: expected shape (B, Sq, H, D), got shape (4, 6, 8)"),
+        (
+            lambda: pk.attention(Q, K[..., :4], K),
+            "attention: k: expected shape (2, Sk, Hkv, 8), got shape (2, 4, 2, 4)",
+        ),
+        (lambda: pk.attention(Q, K, K[:, :3]), "attention: v: expected the shape of k (2, 4, 2, 8), got shape (2, 3,"),
+        (lambda: pk.attention(Q[:, :, :5], K, K), "a number of key-value heads that divides the 5 query heads, got 2"),
+        (lambda: pk.attention(Q, K[:, :3], K[:, :3]), "q: expected at most as many queries as keys (3) when causal"),
+        (lambda: pk.attention(Q, K.half(), K), "attention: k: expected the dtype of q (torch.float32), got torch.flo"),
+        (lambda: pk.attention(Q, K, K.to("meta")), "attention: v: expected the device of q (cpu), got meta"),
+        (lambda: pk.attention(Q, K, K, impl="triton"), "it has auto, reference, torch, sdpa"),
+    ],
+)
+def test_bad_arguments(call: Callable, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        call()

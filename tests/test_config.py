@@ -1,0 +1,133 @@
+"""The configuration: pico's files unchanged, every mistake named at once."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pico_fast.config import Config
+from pico_fast.config_io import ConfigError, load_config, to_yaml
+
+ROOT = Path(__file__).parents[1]
+
+
+def problems_of(tmp_path, text="", overrides=(), world_size=1):
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as error:
+        load_config(path, overrides, world_size=world_size)
+    return error.value.problems
+
+
+def test_no_file_means_picos_defaults():
+    config = load_config()
+    assert config.data.dataset.name == "pico-lm/pretokenized-dolma"
+    assert config.data.dataloader.batch_size == 1024
+    assert config.model.d_model == 768
+    assert config.training.optimization.gradient_accumulation_steps == 128
+    assert config.checkpointing.learning_dynamics.layer_suffixes == [
+        "attention.v_proj",
+        "attention.o_proj",
+        "swiglu.w_2",
+    ]
+
+
+def test_the_golden_run_of_pico_loads_unchanged(golden, tmp_path):
+    given = json.loads((golden / "golden.json").read_text())["config"]
+    path = tmp_path / "pico.yaml"
+    path.write_text(yaml.safe_dump(given))
+    loaded = dataclasses.asdict(load_config(path))
+
+    def contained(part, whole):
+        return all(contained(v, whole[k]) if isinstance(v, dict) else whole[k] == v for k, v in part.items())
+
+    assert contained(given, loaded)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_config_of_the_project_is_valid(path):
+    assert isinstance(load_config(path), Config)
+
+
+def test_written_yaml_reads_back_as_the_same_config(tmp_path):
+    config = load_config(None, ["model.d_model=96", "checkpointing.keep_last=3", "training.optimization.lr=1e-3"])
+    (tmp_path / "written.yaml").write_text(to_yaml(config))
+    assert load_config(tmp_path / "written.yaml") == config
+
+
+@pytest.mark.parametrize("written", ["3e-4", "'3e-4'", "3.0e-4", "0.0003"])
+def test_a_learning_rate_is_a_number_however_it_is_written(tmp_path, written):
+    (tmp_path / "config.yaml").write_text(f"training: {{optimization: {{lr: {written}}}}}")
+    assert load_config(tmp_path / "config.yaml").training.optimization.lr == pytest.approx(3e-4)
+
+
+def test_overrides_win_over_the_file(tmp_path):
+    (tmp_path / "config.yaml").write_text("model: {d_model: 96, n_layers: 2}")
+    config = load_config(tmp_path / "config.yaml", ["model.n_layers=3", "evaluation.metrics=[]"])
+    assert (config.model.d_model, config.model.n_layers, config.evaluation.metrics) == (96, 3, [])
+
+
+def test_every_problem_is_listed_at_once_with_its_key(tmp_path):
+    found = problems_of(
+        tmp_path,
+        """
+        model: {d_modle: 96, n_layers: twelve, attention_n_heads: 7, norm_eps: 0}
+        data: {dataloader: {batch_size: 1000}}
+        training:
+        monitoring: {logging: {log_level: LOUD}}
+        checkpointing: {save_to_hf: 3, run_name: ../elsewhere}
+        """,
+        ["kernals.rope=torch", "nonsense"],
+    )
+    expected = [
+        "model.d_modle: unknown key; did you mean 'd_model'?",
+        "model.n_layers: an integer expected, 'twelve' given",
+        "model.attention_n_heads: 7 heads do not divide model.d_model = 768",
+        "model.attention_n_kv_heads: 4 does not divide model.attention_n_heads = 7",
+        "model.norm_eps: 0.0 must be greater than 0",
+        "data.dataloader.batch_size: 1000 rows do not divide",
+        "training: empty section",
+        "monitoring.logging.log_level: 'LOUD' is not one of DEBUG, INFO, WARNING, ERROR",
+        "checkpointing.save_to_hf: true or false expected, 3 given",
+        "checkpointing.run_name: '../elsewhere' must be one folder name",
+        "kernals: unknown key; did you mean 'kernels'?",
+        "'nonsense': an override is section.key=value",
+    ]
+    for start in expected:
+        assert any(problem.startswith(start) for problem in found), (start, found)
+    assert len(found) == len(expected)
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("model: 3", "model: a section with keys expected, 3 given"),
+        ("- a list", "sections with keys expected, list given"),
+        ("model: {d_model: 1, d_model: 2}", "repeated or unusable key 'd_model'"),
+        ("model: {", "not valid YAML"),
+        ("model: {d_model: 1.5}", "model.d_model: an integer expected, 1.5 given"),
+        ("model: {d_model: true}", "model.d_model: an integer expected, True given"),
+        ("model: {n_layers: 0}", "model.n_layers: 0 must be at least 1"),
+        ("model: {attention_n_heads: 256}", "odd head width 3"),
+        ("training: {optimization: {lr: fast}}", "training.optimization.lr: a number expected, 'fast' given"),
+        ("training: {optimization: {lr: .nan}}", "training.optimization.lr: nan must be at least 0"),
+        ("training: {fabric: {precision: fp8}}", "'fp8' is not one of bf16-mixed, bf16-true, 32-true"),
+        ("evaluation: {metrics: [blimp]}", "'blimp' is not one of paloma"),
+    ],
+)
+def test_bad_values_are_named(tmp_path, text, problem):
+    assert problem in "\n".join(problems_of(tmp_path, text))
+
+
+def test_batch_must_divide_over_all_processes(tmp_path):
+    text = "data: {dataloader: {batch_size: 24}}\ntraining: {optimization: {gradient_accumulation_steps: 4}}"
+    (tmp_path / "config.yaml").write_text(text)
+    load_config(tmp_path / "config.yaml", world_size=3)
+    assert "give a multiple of 16" in "\n".join(problems_of(tmp_path, text, world_size=4))
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"(?s)absent\.yaml.*cannot be read"):
+        load_config(tmp_path / "absent.yaml")

@@ -1,0 +1,179 @@
+"""A run stopped at any moment and resumed is the same run: losses, weights, moments, next batches, bit for bit."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from pico_fast.checkpoint.integrity import verify_step
+from pico_fast.checkpoint.layout import RunLayout
+from pico_fast.checkpoint.load import latest_good
+from pico_fast.config_io import load_config
+from pico_fast.monitor import read_metrics
+from pico_fast.runtime import GracefulStop, start_runtime
+from pico_fast.setup_run import prepare_run
+from pico_fast.train import main, run_steps
+
+
+def layout_of(config_file) -> RunLayout:
+    return RunLayout.from_config(load_config(config_file).checkpointing)
+
+
+def trajectory(layout):
+    """(step, loss, gradient norm) of every step, and the final state."""
+    lines = [entry for entry in read_metrics(layout.metrics) if entry["event"] == "train"]
+    _, state, rejected = latest_good(layout)
+    assert not rejected
+    return [(line["step"], line["loss"], line["grad_norm"]) for line in lines], state.tensors
+
+
+def assert_same_run(config_file, expected):
+    losses, tensors = trajectory(layout_of(config_file))
+    assert losses == expected[0]
+    assert tensors.keys() == expected[1].keys()
+    for name, tensor in tensors.items():
+        assert torch.equal(tensor, expected[1][name]), name
+
+
+@pytest.fixture
+def uninterrupted(small_run):
+    """Trajectory of a run that nothing stopped; call with the settings of :func:`small_run`."""
+
+    def run(**settings):
+        file = small_run("whole", **settings)
+        assert main(["--config", str(file)]) == 0
+        return trajectory(layout_of(file))
+
+    return run
+
+
+class StopAt(GracefulStop):
+    """Asks the run to stop once it has applied ``step`` updates."""
+
+    def __init__(self, step):
+        super().__init__()
+        self.at = step
+        self.run = None
+
+    def __call__(self):
+        if self.run is not None and self.run.step >= self.at:
+            self.received = signal.SIGTERM
+        return super().__call__()
+
+
+def run_until(config_file, step):
+    config = load_config(config_file)
+    stop = StopAt(step)
+    with prepare_run(config, start_runtime(config), stop) as run:
+        stop.run = run
+        run_steps(run)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
+def test_stopped_at_every_step(small_run, uninterrupted, precision):
+    settings = {"training.fabric.precision": precision, "training.optimization.max_grad_norm": 0.5}
+    expected = uninterrupted(**settings)
+    file = small_run("stopped", **settings)
+    for step in range(1, 8):
+        run_until(file, step)
+        assert layout_of(file).latest_step() == step
+    assert main(["--config", str(file)]) == 0
+    assert_same_run(file, expected)
+
+
+def test_a_finished_run_started_again_does_nothing(small_run, uninterrupted):
+    expected = uninterrupted()
+    file = small_run("whole")
+    layout = layout_of(file)
+    before = {path: path.stat().st_mtime_ns for path in layout.checkpoints.rglob("*")}
+    assert main(["--config", str(file)]) == 0
+    assert {path: path.stat().st_mtime_ns for path in layout.checkpoints.rglob("*")} == before
+    assert_same_run(file, expected)
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_made_again(small_run, uninterrupted, capsys):
+    expected = uninterrupted()
+    file = small_run("damaged")
+    layout = layout_of(file)
+    run_until(file, 5)
+    state = layout.state_dir(5) / "rank_00000.safetensors"
+    data = bytearray(state.read_bytes())
+    data[len(data) // 2] ^= 1
+    state.write_bytes(data)
+    assert main(["--config", str(file)]) == 0
+    assert "step_5 was passed over" in capsys.readouterr().out
+    assert_same_run(file, expected)
+
+
+def start(config_file, *, torchrun=False, **environment):
+    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", "1", "-m"] if torchrun else []
+    return subprocess.Popen(
+        [sys.executable, "-m", *launcher, "pico_fast.train", "--config", str(config_file)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, **environment},
+    )
+
+
+def wait_for_step(process, layout, step):
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if layout.metrics.exists() and f'"step": {step},' in layout.metrics.read_text():
+            return
+        if process.poll() is not None:
+            raise AssertionError(process.stdout.read())
+        time.sleep(0.01)
+    raise AssertionError(f"step {step} not reached in two minutes")
+
+
+MANY = {"max_steps": 400, "checkpointing.save_every_n_steps": 400, "evaluation.metrics": []}
+
+
+@pytest.mark.parametrize(
+    ("number", "torchrun"), [(signal.SIGTERM, False), (signal.SIGINT, False), (signal.SIGTERM, True)]
+)
+def test_a_signal_finishes_the_step_commits_and_exits_0(small_run, uninterrupted, number, torchrun):
+    expected = uninterrupted(**MANY)
+    file = small_run("signalled", **MANY)
+    layout = layout_of(file)
+    process = start(file, torchrun=torchrun)
+    wait_for_step(process, layout, 5)
+    process.send_signal(number)
+    if not torchrun:  # what a terminal's Ctrl-C and torchrun's own forwarding amount to: the same signal twice
+        process.send_signal(number)
+    output, _ = process.communicate(timeout=120)
+    step = layout.latest_step()
+    assert 5 < step < 400, output
+    assert verify_step(layout, step).good
+    if not torchrun:
+        assert process.returncode == 0, output
+        assert f"{number.name}: stopped after {step} steps" in output
+    assert main(["--config", str(file)]) == 0
+    assert_same_run(file, expected)
+
+
+def test_kill_9_at_random_moments_loses_nothing_committed(small_run, uninterrupted):
+    settings = {**MANY, "max_steps": 150, "checkpointing.save_every_n_steps": 3, "checkpointing.keep_last": 3}
+    expected = uninterrupted(**settings)
+    file = small_run("killed", **settings)
+    layout, moments = layout_of(file), random.Random(0)
+    for _ in range(5):
+        before = layout.latest_step() or 0
+        process = start(file)
+        wait_for_step(process, layout, min(before + 4, 149))
+        time.sleep(moments.uniform(0, 0.25))
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        latest = layout.latest_step()
+        assert latest is not None
+        assert latest >= before
+        assert verify_step(layout, latest).good
+    assert main(["--config", str(file)]) == 0
+    assert_same_run(file, expected)
