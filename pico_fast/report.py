@@ -223,6 +223,7 @@ def plot_loss(summary: Summary, path: str | Path) -> Path:
     axes.set_xlabel("step")
     axes.set_ylabel("loss (nats per token)")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{step:,.0f}"))
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
@@ -258,6 +259,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m pico_fast.report", description="Summary and loss curve of a run.")
     parser.add_argument("run_dir", type=Path, help="the run directory, runs/<run_name>")
     parser.add_argument("--out", type=Path, help="where to write the loss curve (default: RUN_DIR/loss.png)")
+    parser.add_argument("--prompt", help="also let the newest checkpoint continue this text")
     options = parser.parse_args(arguments)
     try:
         summary = summarise(options.run_dir)
@@ -269,7 +271,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         print(f"report: the loss curve cannot be written: {error}; choose another file with --out", file=sys.stderr)
         return 2
-    print("\n".join(summary_lines(summary, png=png)))
+    text = None
+    if options.prompt is not None and summary.latest_checkpoint is not None:
+        from pico_fast.sample import SampleError, sample  # torch takes seconds to import, and most reports need none
+
+        try:
+            text = sample(summary.latest_checkpoint, options.prompt)
+        except SampleError as error:
+            print(f"report: no sample: {error}", file=sys.stderr)
+    print("\n".join(summary_lines(summary, png=png, sample=text)))
     return 0
 
 

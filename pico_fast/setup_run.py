@@ -93,7 +93,8 @@ def prepare_run(config: Config, runtime: Runtime, stop: GracefulStop) -> Iterato
         model = build_model(config, inputs.kernels, runtime)
         optimizer = build_optimizer(model, config.training.optimization)
         fingerprint, notes = inputs.rows.fingerprint(), list(inputs.warnings)
-        found, counters = latest_good(layout), {"step": 0}
+        found = latest_good(layout)
+        counters: dict[str, Any] = {"step": 0}
         if found is not None:
             step, state, rejected = found
             notes += [f"step_{damaged} was passed over: {reason}" for damaged, reason in rejected]
@@ -202,6 +203,12 @@ def introduce(
         monitor.info(
             f"{config.data.dataset.name} has {inputs.rows.n_rows:,} rows, training reads {wanted:,}: "
             f"{wanted / inputs.rows.n_rows:.1f} passes in the same order"
+        )
+    if inputs.documents is not None:
+        shorter = [ids for ids in inputs.documents if len(ids) < 2]
+        monitor.info(
+            f"evaluation: {len(inputs.documents) - len(shorter)} documents of {inputs.documents.name}, "
+            f"{inputs.documents.truncated} of them cut to their first tokens, {len(shorter)} too short to count"
         )
     monitor.info(
         "learning dynamics (checkpointing.learning_dynamics) are not recorded by this version; "

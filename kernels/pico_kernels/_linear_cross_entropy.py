@@ -59,7 +59,7 @@ class _BlockSoftmax:
         self._z_loss = z_loss
 
     def __call__(self, logits: torch.Tensor, targets: torch.Tensor, token_grad: torch.Tensor | None) -> torch.Tensor:
-        """Losses of the rows (n, V). With ``token_grad`` (n,), ``logits`` becomes the gradient of their weighted sum."""
+        """Losses of the rows (n, V). With ``token_grad`` (n,), ``logits`` becomes the gradient of the weighted sum."""
         rows = logits.shape[0]
         wide = logits if self._logits is None else self._logits[:rows].copy_(logits)
         index = targets[:, None]

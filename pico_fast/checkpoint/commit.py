@@ -73,14 +73,12 @@ def publish(layout: RunLayout, step: int, exports: Sequence[str], displaced: Seq
         for name in displaced:
             yield from _missing_parents(aside, name)
             yield Op("rename", step_dir / name, aside / name)
-        yield Op("sync", aside)
-        yield Op("sync", step_dir)
-    folders = {step_dir}
+        for folder in _folders(aside, displaced):
+            yield Op("sync", folder)
     for name in exports:
         yield from _missing_parents(step_dir, name)
         yield Op("rename", tmp / EXPORT / name, step_dir / name)
-        folders.update(step_dir / parent for parent in PurePosixPath(name).parents)
-    for folder in sorted(folders, key=lambda path: -len(path.parts)):
+    for folder in _folders(step_dir, exports):
         yield Op("sync", folder)
     yield Op("rename", tmp / STATE, layout.state_dir(step))  # the commit point
     yield Op("sync", step_dir)
@@ -108,6 +106,12 @@ def leftovers(layout: RunLayout) -> list[Path]:
 def trash(layout: RunLayout) -> list[Path]:
     """Folders of deletions that never finished."""
     return sorted(layout.checkpoints.glob(f"{TRASH}*")) if layout.checkpoints.is_dir() else []
+
+
+def _folders(base: Path, names: Sequence[str]) -> list[Path]:
+    """``base`` and the folders that hold ``names`` below it, inner ones first."""
+    folders = {base, *(base / parent for name in names for parent in PurePosixPath(name).parents)}
+    return sorted(folders, key=lambda path: (-len(path.parts), path))
 
 
 def _missing_parents(base: Path, name: str) -> Iterator[Op]:

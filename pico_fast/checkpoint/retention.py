@@ -62,16 +62,16 @@ def prune(layout: RunLayout, config: CheckpointingConfig, fs: FileSystem | None 
             path=layout.step_dir(steps[-1]),
         )
     empty_trash(layout, fs)
-    for step in doomed:
-        folder = layout.checkpoints / f"{TRASH}{step_name(step)}"
+    trash = {step: layout.checkpoints / f"{TRASH}{step_name(step)}" for step in doomed}
+    commit.execute([commit.Op("mkdir", folder) for folder in trash.values()], fs)
+    commit.execute([commit.Op("sync", layout.checkpoints)], fs)
+    for step, folder in trash.items():
         unmake = [
-            commit.Op("mkdir", folder),
             commit.Op("rename", layout.state_dir(step), folder / STATE),  # from here on the step is no checkpoint
             commit.Op("sync", folder),
             commit.Op("sync", layout.step_dir(step)),
         ]
         commit.execute(unmake, fs)
-    commit.execute([commit.Op("sync", layout.checkpoints)], fs)
     empty_trash(layout, fs)
     return doomed
 

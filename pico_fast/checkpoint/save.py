@@ -172,7 +172,8 @@ def _displaced(layout: RunLayout, step: int, there: Verdict | None, exports: lis
     step_dir = layout.step_dir(step)
     if there is not None:
         listed = [entry.path for entry in there.manifest.files] if there.manifest else []
-        names = [STATE, *dict.fromkeys(name for name in [*listed, *exports] if not name.startswith(f"{STATE}/"))]
+        # state/ last: while it is there, a save that takes over from a crash knows that the rest is still to be moved
+        names = [*dict.fromkeys(name for name in [*listed, *exports] if not name.startswith(f"{STATE}/")), STATE]
     elif layout.fabric_state(step).parent.exists():
         names = exports
     else:

@@ -15,6 +15,7 @@ import json
 import shutil
 import sys
 from collections.abc import Sequence
+from concurrent.futures import BrokenExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -312,7 +313,10 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--include", action="append", default=[], metavar="GLOB", help="which files in folders, e.g. '*.py'; repeatable"
     )
-    parser.add_argument("--separator", help="string between documents of a text file (default: a file is a document)")
+    parser.add_argument(
+        "--separator",
+        help="string between documents of a text file, such as '<|endoftext|>' or $'\\n\\n' (default: a file is one)",
+    )
     parser.add_argument("--skip-undecodable", action="store_true", help="leave out what is not UTF-8, and count it")
     parser.add_argument("--workers", type=int, help="processes (default: one per core)")
     parser.add_argument("--overwrite", action="store_true", help="replace the dataset in the output folder")
@@ -331,6 +335,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except OSError as error:
         print(f"error: {error}; what is done is kept: run the same command again to go on", file=sys.stderr)
+        return 2
+    except BrokenExecutor:
+        print(
+            "error: a worker process was killed, perhaps for want of memory; what is done is kept: run the same "
+            "command again, with fewer --workers",
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt:
         print("interrupted; run the same command again to go on", file=sys.stderr)

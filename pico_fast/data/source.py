@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 
 from pico_fast.data.decode import RowError, list_of_integers, token_matrix
 from pico_fast.data.errors import DataError
+from pico_fast.data.footers import FooterCache
 from pico_fast.data.shards import Shards, find_shards
 
 __all__ = ["DataError", "TokenRows", "open_rows"]
@@ -39,9 +40,16 @@ class TokenRows:
     """
 
     def __init__(
-        self, shards: Shards, *, row_len: int | None = None, vocab_size: int | None = None, column: str = "input_ids"
+        self,
+        shards: Shards,
+        *,
+        row_len: int | None = None,
+        vocab_size: int | None = None,
+        column: str = "input_ids",
+        footers: FooterCache | None = None,
     ):
         self.shards, self.vocab_size, self.column = shards, vocab_size, column
+        self._footers = footers or FooterCache(None)
         self._starts = [0]  # _starts[i]: global number of shard i's first row, for the footers read so far
         self._groups: list[tuple[int, ...]] = []  # rows of each row group; all that is kept of a footer
         self._open: tuple[int, pq.ParquetFile] | None = None
@@ -131,12 +139,15 @@ class TokenRows:
             wanted = range(
                 done, len(self.shards.paths) if until is None else min(len(self.shards.paths), done + portion)
             )
-            if len(wanted) == 1:
-                found = [self._row_group_sizes(wanted[0])]
-            else:
+            unknown = [shard for shard in wanted if self.shards.labels[shard] not in self._footers]
+            if len(unknown) > 1:
                 with ThreadPoolExecutor(_FOOTER_THREADS) as pool:
-                    found = list(pool.map(self._row_group_sizes, wanted))
-            for sizes in found:
+                    read = dict(zip(unknown, pool.map(self._row_group_sizes, unknown), strict=True))
+            else:
+                read = {shard: self._row_group_sizes(shard) for shard in unknown}
+            self._footers.add((self.shards.labels[shard], sizes) for shard, sizes in read.items())
+            for shard in wanted:
+                sizes = self._footers[self.shards.labels[shard]]
                 self._groups.append(sizes)
                 self._starts.append(self._starts[-1] + sum(sizes))
 
@@ -145,11 +156,8 @@ class TokenRows:
         try:
             with self._source(shard) as source:
                 metadata = pq.read_metadata(source)
-        except (OSError, pa.ArrowException) as error:
-            raise DataError(
-                f"{self._label(shard)}: not a readable parquet file ({_one_line(error)}); it may be cut short: "
-                "fetch or write it again"
-            ) from None
+        except self._read_errors as error:
+            raise self._unreadable(f"{self._label(shard)}: not a readable parquet file", error) from error
         schema = metadata.schema.to_arrow_schema()
         if self.column not in schema.names:
             raise DataError(
@@ -171,6 +179,18 @@ class TokenRows:
         with self._source(shard) as source:
             return int(source.seek(0, 2))
 
+    @property
+    def _read_errors(self) -> tuple[type[Exception], ...]:
+        """What reading may raise; a remote file system raises the exceptions of whatever network library it is "
+        "built on."""
+        return (OSError, pa.ArrowException) if self.shards.filesystem is None else (Exception,)
+
+    def _unreadable(self, what: str, error: Exception) -> DataError:
+        local = self.shards.filesystem is None
+        advice = "it may be cut short or damaged: fetch or write it again" if local else "check the connection"
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        return DataError(f"{what} ({reason}); {advice}")
+
     def _label(self, shard: int) -> str:
         return f"{self.shards.name}: {self.shards.labels[shard]}"
 
@@ -188,13 +208,10 @@ class TokenRows:
             batch = self._next_batch()
             while row_in_shard >= batch[0] + len(batch[1]):
                 batch = self._next_batch()
-        except (OSError, pa.ArrowException) as error:
+        except self._read_errors as error:
             self.close()
-            raise DataError(
-                f"{self._label(shard)}: row {row_in_shard} (global row {row}) cannot be read ({_one_line(error)}); "
-                "the file "
-                "may be damaged: fetch or write it again"
-            ) from None
+            what = f"{self._label(shard)}: row {row_in_shard} (global row {row}) cannot be read"
+            raise self._unreadable(what, error) from error
         first, column = batch
         try:
             self._window = self._starts[shard] + first, token_matrix(column, self._row_len, self.vocab_size)
@@ -227,10 +244,6 @@ class TokenRows:
         return first, batch.column(0)
 
 
-def _one_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-
-
 def open_rows(
     name: str,
     split: str = "train",
@@ -256,4 +269,6 @@ def open_rows(
     Raises DataError.
     """
     shards = find_shards(name, split, revision, filesystem)
-    return TokenRows(shards, row_len=row_len, vocab_size=vocab_size, column=column)
+    on_hub = filesystem is None and shards.revision is not None
+    footers = FooterCache.for_commit(name, shards.revision or "", column) if on_hub else None
+    return TokenRows(shards, row_len=row_len, vocab_size=vocab_size, column=column, footers=footers)

@@ -19,16 +19,10 @@ from pico_fast.env import redact
 
 def _git_commit() -> str | None:
     """Commit of the checkout that this package runs from; ``+`` after it: with changes. None outside a checkout."""
-    command = [
-        "git",
-        "-C",
-        str(Path(__file__).parent),
-        "describe",
-        "--always",
-        "--abbrev=40",
-        "--dirty=+",
-        "--exclude=*",
-    ]
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():  # installed: a repository further up would be another project's
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"]
     try:
         result = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
     except (OSError, subprocess.TimeoutExpired):

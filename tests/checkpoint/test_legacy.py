@@ -20,7 +20,7 @@ from pico_fast.checkpoint.state import load_state_tensors, state_tensors
 
 
 class Block(torch.nn.Module):
-    """Construction order as pico-train's PicoDecoderBlock; k and v have the same shape, so only the order tells them apart."""
+    """Construction order as pico-train's PicoDecoderBlock; k and v have one shape: only the order tells which."""
 
     def __init__(self):
         super().__init__()
@@ -74,7 +74,7 @@ def fabric_content(model, optimizer, step) -> dict:
         "_rng_states": {
             "torch": torch.get_rng_state(),
             "python": random.getstate(),
-            "numpy": np.random.get_state(),
+            "numpy": np.random.get_state(),  # noqa: NPY002
             "torch.cuda": [],
         },
     }
@@ -106,10 +106,10 @@ def test_the_order_of_construction():
 def test_an_old_run_resumes_exactly(pico):
     layout, model, optimizer = pico
     random.seed(1)
-    np.random.seed(2)
+    np.random.seed(2)  # noqa: NPY002
     torch.manual_seed(3)
     torch.save(fabric_content(model, optimizer, 3), layout.fabric_state(3))
-    expected_draws = [random.random(), np.random.rand(), torch.rand(1).item()]
+    expected_draws = [random.random(), np.random.rand(), torch.rand(1).item()]  # noqa: NPY002
     step, state, rejected = latest_good(layout)
     assert (step, state.source, rejected, state.meta["step"]) == (3, "pico-train", [], 3)
     other = Decoder(seed=1)
@@ -120,7 +120,7 @@ def test_an_old_run_resumes_exactly(pico):
     assert len(expected) == 111 * 4
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     set_rng_state(state.meta["rng"])
-    assert [random.random(), np.random.rand(), torch.rand(1).item()] == expected_draws
+    assert [random.random(), np.random.rand(), torch.rand(1).item()] == expected_draws  # noqa: NPY002
     assert state.meta["lr_scheduler"]["base_lrs"] == [1e-3]
     assert state.meta["param_groups"][0]["weight_decay"] == 0.01
 
@@ -187,7 +187,7 @@ def test_a_flipped_bit_is_found(pico):
         position = info.header_offset + 30 + name_length + extra_length + 20
         content[position] ^= 1
         path.write_bytes(content)
-        with pytest.raises(NoGoodCheckpointError, match="checksum of .*/data/"):
+        with pytest.raises(NoGoodCheckpointError, match=r"checksum of .*/data/"):
             latest_good(layout)
         content[position] ^= 1
     path.write_bytes(content)

@@ -1,6 +1,7 @@
 """When a step is saved and which checkpoints stay."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,18 +17,16 @@ from pico_fast.checkpoint.save import save_checkpoint
 from pico_fast.config import CheckpointingConfig
 
 
-def filled(root, steps) -> RunLayout:
+def export(folder: Path) -> None:
+    (folder / "a").mkdir()
+    (folder / "a" / "config.json").write_text("{}")
+
+
+def filled(root: Path, steps: list[int]) -> RunLayout:
     layout = RunLayout(root)
     for step in steps:
-        save_checkpoint(
-            layout,
-            step,
-            tensors={"model/w": torch.full((10,), float(step))},
-            meta={},
-            write_extra=lambda folder: (
-                ((folder / "a").mkdir(), (folder / "a" / "config.json").write_text("{}")) and None
-            ),
-        )
+        tensors = {"model/w": torch.full((10,), float(step))}
+        save_checkpoint(layout, step, tensors=tensors, meta={}, write_extra=export)
     return layout
 
 

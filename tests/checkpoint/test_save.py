@@ -136,7 +136,7 @@ def test_no_tensors_at_all(tmp_path):
 
 def test_an_unknown_dtype_is_refused_before_anything_is_there(tmp_path):
     layout = RunLayout(tmp_path)
-    with pytest.raises(CheckpointError, match="'model/z': torch.complex64 cannot be saved"):
+    with pytest.raises(CheckpointError, match=r"'model/z': torch\.complex64 cannot be saved"):
         save_checkpoint(layout, 1, tensors={"model/z": torch.zeros(2, dtype=torch.complex64)}, meta={})
     assert list(layout.checkpoints.iterdir()) == []
 
@@ -252,7 +252,7 @@ def test_an_export_that_fails_leaves_the_old_checkpoint(tmp_path):
         (folder / "config.json").write_text("{}")
         raise RuntimeError("I/O error: No space left on device (os error 28)")
 
-    with pytest.raises(CheckpointError, match="ENOSPC.*step_1 is still the latest checkpoint") as caught:
+    with pytest.raises(CheckpointError, match=r"ENOSPC.*step_1 is still the latest checkpoint") as caught:
         save(layout, 2, write_extra=broken)
     assert caught.value.errno == errno.ENOSPC
     assert {path.name for path in layout.checkpoints.iterdir()} == {"latest", "step_1"}
@@ -309,8 +309,10 @@ def test_the_space_is_checked_before_writing(tmp_path):
 
 @contextlib.contextmanager
 def full_disk(folder: Path):
-    """A place where the kernel refuses to write more than about 8 MB: a small tmpfs, or without the right to mount one, a
-    limit on the size of files. Yields it with the errno it gives."""
+    """A place where the kernel refuses to write more than about 8 MB, with the errno it gives.
+
+    A small tmpfs, or without the right to mount one, a limit on the size of files.
+    """
     folder.mkdir()
     mounted = (
         subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", folder], capture_output=True).returncode == 0
@@ -347,7 +349,7 @@ def test_a_really_full_disk(tmp_path):
         before = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, before[1]))
         try:
-            with pytest.raises(CheckpointError, match="EFBIG.*step_1 is still the latest"):
+            with pytest.raises(CheckpointError, match=r"EFBIG.*step_1 is still the latest"):
                 save(layout, 2, n=200_000)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)

@@ -155,17 +155,17 @@ def draws() -> list[float]:
         torch.randn(1).item(),
         random.random(),
         random.gauss(0, 1),
-        float(np.random.rand()),
-        float(np.random.randn()),
+        float(np.random.rand()),  # noqa: NPY002
+        float(np.random.randn()),  # noqa: NPY002
     ]
 
 
 def test_generators_return_to_their_state():
     torch.manual_seed(1)
     random.seed(2)
-    np.random.seed(3)
+    np.random.seed(3)  # noqa: NPY002
     random.gauss(0, 1)  # leaves a second value behind, which is part of the state
-    np.random.randn()
+    np.random.randn()  # noqa: NPY002
     state = json.loads(json.dumps(rng_state()))
     expected = draws()
     draws()

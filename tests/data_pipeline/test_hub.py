@@ -156,6 +156,9 @@ def test_rows_are_read_in_place(hub, tmp_path):
     # two footers, each once more for its rows, of 64 KB; three row groups, of the ids alone
     assert sum(size for _, size in hub.ranges) < 4 * 2**16 + 3 * 1000
     assert f"Bearer {TOKEN}" in hub.tokens
+    hub.ranges.clear()  # again, as a resume: the footers are known, only the two shards that are read are opened
+    assert hub.ask("owner/rows", "train", 18, 23, tmp_path) == answer
+    assert len(hub.ranges) == 2 + 3  # two shards opened; the first rows, which are checked at once, and two row groups
 
 
 def test_other_formats_through_the_converted_copy(hub, tmp_path):

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
@@ -87,13 +88,13 @@ def write_jsonl(path, texts, key="text"):
 
 @pytest.fixture
 def small_units(monkeypatch):
-    """Units of about 2 kB instead of 1 MB, and reads of 100 bytes, so that small inputs cross every border."""
+    """Units of about 4 kB instead of 1 MB, and reads of 100 bytes, so that small inputs cross every border."""
     original = documents_module.work_units
 
     def cut(inputs, reading):
         units = []
         for source in inputs:
-            units += [[piece] for piece, _ in documents_module._pieces(source, 2000, reading)]
+            units += [[piece] for piece, _ in documents_module._pieces(source, 4000, reading)]
         return units
 
     monkeypatch.setattr("pico_fast.data.prepare.work_units", cut)
@@ -102,8 +103,8 @@ def small_units(monkeypatch):
 
 
 def test_nothing_is_lost_from_any_kind_of_input(tmp_path, small_units):
-    texts = some_texts(200)
-    texts[150] = texts[20]
+    texts = some_texts(100)
+    texts[90] = texts[20]  # a copy stays on its side
     (tmp_path / "txt").mkdir()
     for number, text in enumerate(texts):
         (tmp_path / "txt" / f"{number:04d}.txt").write_bytes(text.encode())
@@ -152,6 +153,7 @@ def test_several_inputs_stay_in_order_and_count_once(tmp_path):
     assert len(found) > 55
 
 
+@pytest.mark.slow
 def test_same_bytes_for_any_number_of_workers_and_after_a_kill(tmp_path):
     """Three processes killed half way, then finished, against one process alone."""
     texts = some_texts(14_000)
@@ -191,6 +193,29 @@ def test_resume_does_not_repeat_finished_units(tmp_path, monkeypatch, small_unit
     assert run([source], tmp_path / "out") == 0
     assert calls[:4] == [0, 1, 2, 3]
     assert calls[4:] == list(range(3, calls[-1] + 1))
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_resume_does_not_repeat_finished_shards(tmp_path, monkeypatch):
+    source = write_jsonl(tmp_path / "a.jsonl", some_texts(200))
+    options = ["--rows-per-shard", 100]
+    assert run([source], tmp_path / "whole", *options) == 0
+    from pico_fast.data import prepare
+
+    original, written = prepare.write_shard, []
+
+    def failing(path, *arguments):
+        if len(written) == 3 and path not in written:
+            written.append(path)
+            raise OSError(28, "No space left on device")
+        written.append(path)
+        original(path, *arguments)
+
+    monkeypatch.setattr(prepare, "write_shard", failing)
+    assert run([source], tmp_path / "out", *options) == 2
+    assert run([source], tmp_path / "out", *options) == 0
+    assert sorted(path.name for path in {*written}) == sorted(contents(tmp_path / "whole"))
+    assert len(written) == len({*written}) + 1  # only the one that failed was begun twice
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
@@ -428,3 +453,12 @@ def test_interrupt_says_how_to_go_on(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("pico_fast.data.prepare.tokenise_unit", interrupted)
     assert run([write_jsonl(tmp_path / "a.jsonl", some_texts(50))], tmp_path / "out") == 130
     assert "run the same command again" in capsys.readouterr().err
+
+
+def test_killed_worker_says_how_to_go_on(tmp_path, capsys, monkeypatch):
+    def killed(*_):
+        raise BrokenProcessPool
+
+    monkeypatch.setattr("pico_fast.data.prepare.tokenise_unit", killed)
+    assert run([write_jsonl(tmp_path / "a.jsonl", some_texts(50))], tmp_path / "out") == 2
+    assert "fewer --workers" in capsys.readouterr().err

@@ -10,7 +10,9 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from pico_fast.data import source
-from pico_fast.data.source import DataError, open_rows
+from pico_fast.data.footers import FooterCache
+from pico_fast.data.shards import find_shards
+from pico_fast.data.source import DataError, TokenRows, open_rows
 
 
 def lists(array, kind=None):
@@ -288,10 +290,12 @@ def test_remote_failure_is_named(remote):
     rows = open_rows("/repo", filesystem=filesystem)
 
     def broken(*_, **__):
-        raise ConnectionError("connection lost")
+        raise RuntimeError("connection lost\nlong trace")  # the network library's own, not an OSError
 
     filesystem._open = broken
-    with pytest.raises(DataError, match=r"/repo: data/train-00001-of-00120.parquet: .*connection lost"):
+    with pytest.raises(
+        DataError, match=r"/repo: data/train-00001-of-00120.parquet: .*connection lost\); check the connection"
+    ):
         rows.read(10, 11)
 
 
@@ -301,3 +305,25 @@ def test_remote_single_file_and_missing_folder(remote):
     np.testing.assert_array_equal(rows.read(0, 10), ids[20:30])
     with pytest.raises(DataError, match="no files at all"):
         open_rows("/nothing", filesystem=filesystem)
+
+
+def test_footers_are_kept_on_disk(remote, tmp_path):
+    filesystem, ids = remote
+    shards = find_shards("/repo", filesystem=filesystem)
+    kept = tmp_path / "home" / "footers.jsonl"
+    first = TokenRows(shards, footers=FooterCache(kept))
+    first.read(605, 608)
+    with kept.open("a") as file:
+        file.write('["data/train-00099-of-00120.parquet", [5')  # a kill in the middle of a line
+    filesystem.opened.clear()
+    again = TokenRows(shards, footers=FooterCache(kept))
+    np.testing.assert_array_equal(again.read(605, 608), ids[605:608])
+    assert sorted(filesystem.opened) == [shards.paths[0], shards.paths[60]]  # the check of the first row, and the rows
+    assert again.n_rows == 1200
+
+
+def test_footer_cache_that_cannot_be_written_is_no_error(remote, tmp_path):
+    filesystem, ids = remote
+    (tmp_path / "file").write_text("")
+    rows = TokenRows(find_shards("/repo", filesystem=filesystem), footers=FooterCache(tmp_path / "file" / "footers"))
+    np.testing.assert_array_equal(rows.read(0, 30), ids[:30])

@@ -183,3 +183,15 @@ def test_impossible_layouts_are_refused(tmp_path, arguments):
     with pytest.raises(ValueError, match=r"must be at least|is not a multiple"):
         BatchStream(rows, **arguments)
     assert len(data_threads()) == before
+
+
+def test_pinned_memory_is_asked_for(tmp_path, monkeypatch):
+    asked, empty = [], torch.empty
+    monkeypatch.setattr(
+        torch, "empty", lambda *size, pin_memory, **kwargs: (asked.append(pin_memory), empty(*size, **kwargs))[1]
+    )
+    rows = open_rows(write_rows(tmp_path / "d", [20], 5))
+    for pin in (True, False):
+        with BatchStream(rows, batch_size=2, micro_batches=1, prefetch=1, pin_memory=pin) as stream:
+            next(stream)
+        assert asked[-1] is pin

@@ -133,7 +133,7 @@ def wait_for_step(process, layout, step):
     raise AssertionError(f"step {step} not reached in two minutes")
 
 
-MANY = {"max_steps": 400, "checkpointing.save_every_n_steps": 400, "evaluation.metrics": []}
+MANY = {"max_steps": 200, "checkpointing.save_every_n_steps": 200, "evaluation.metrics": []}
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,7 @@ def test_a_signal_finishes_the_step_commits_and_exits_0(small_run, uninterrupted
         process.send_signal(number)
     output, _ = process.communicate(timeout=120)
     step = layout.latest_step()
-    assert 5 < step < 400, output
+    assert 5 < step < 200, output
     assert verify_step(layout, step).good
     if not torchrun:
         assert process.returncode == 0, output

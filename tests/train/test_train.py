@@ -206,7 +206,7 @@ def test_wrong_settings_exit_2_before_anything_is_written(small_run, tmp_path, c
         ("data.dataset.split=test", "test"),
         ("model.max_seq_len=8", "17"),
         ("model.vocab_size=32", "32"),
-        ("evaluation.paloma.dataset_split=dev", "dev"),
+        ("evaluation.paloma.dataset_split=test", "test"),
         ("evaluation.paloma.column=text", "text"),
     ],
 )
@@ -271,7 +271,7 @@ def test_picos_cluster_gives_way_to_this_process_with_one_line(small_run, capsys
 def test_dry_run_prints_the_arithmetic_and_writes_nothing(small_run, tmp_path, capsys):
     assert main(["--config", str(small_run()), "--dry-run"]) == 0
     output = capsys.readouterr().out
-    for part in ("parameters   16,608", "2 micro-batch(es) of 4 rows", "128 tokens per step", "FLOPs", "memory", "GB"):
+    for part in ("parameters   19,616", "2 micro-batch(es) of 4 rows", "128 tokens per step", "FLOPs", "memory", "GB"):
         assert part in output
     assert not (tmp_path / "runs").exists()
 
