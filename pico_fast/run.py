@@ -95,6 +95,8 @@ class Run:
 
     def begin(self) -> None:
         """Save and evaluate the initial model; after a resume, only what the stopped run still owed."""
+        if self.resumed_step is not None and self.saved_step is None:  # pico-train's state, or `latest` never moved
+            self.save()
         if self.at_milestone():
             self.save_and_evaluate()
 

@@ -99,7 +99,8 @@ def prepare_run(config: Config, runtime: Runtime, stop: GracefulStop) -> Iterato
             step, state, rejected = found
             notes += [f"step_{damaged} was passed over: {reason}" for damaged, reason in rejected]
             notes += _resume(config, layout, state, model, optimizer, fingerprint)
-            counters = {"step": step, "saved_step": step if state.source == "pico-fast" else None, "resumed_step": step}
+            durable = step if state.source == "pico-fast" and layout.latest_step() == step else None
+            counters = {"step": step, "saved_step": durable, "resumed_step": step}
             counters |= {name: state.meta.get(name, 0) for name in ("nonfinite", "nonfinite_in_a_row")}
         with open_monitor(config, runtime, layout, inputs.rows.row_len - 1, counters) as monitor:
             introduce(monitor, config, runtime, layout, inputs, resumed=found is not None)
@@ -156,7 +157,9 @@ def _resume(
         load_state_tensors(model, optimizer, state.tensors)
     except StateMismatchError as error:
         raise UsageError(f"{layout.step_dir(state.step)}: {error}") from None
-    set_rng_state(state.meta.get("rng", {}))
+    unset = set_rng_state(state.meta.get("rng", {}))
+    if unset:
+        notes.append(f"random generators not in the checkpoint, left as they are: {', '.join(unset)}")
     return notes
 
 

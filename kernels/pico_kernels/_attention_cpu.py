@@ -4,7 +4,7 @@ PyTorch's CPU flash kernel multiplies per head with an inner dimension of ``head
 of the matrix unit. Here the query heads that share a key-value head are stacked as rows of one batched product, keys
 right of the diagonal are not computed, and the backward computes the probabilities again (one softmax, cheaper than
 exponentials of saved log-sum-exps), so memory is three tiles. Against scaled_dot_product_attention, forward and
-backward: 1.6 to 2.3 times faster (docs/performance.md).
+backward, on cores of its own: 1.6 to 2.5 times faster (docs/performance.md).
 """
 
 from __future__ import annotations

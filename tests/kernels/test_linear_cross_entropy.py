@@ -43,7 +43,8 @@ def assert_flash_rule(inputs: list[torch.Tensor], **options: Any) -> None:
     """Error against float64 at most twice the same-dtype PyTorch path's, plus one ulp of the largest value.
 
     The ulp of a gradient is that of the dtype the products run in, whatever dtype the weight has. Where a token's
-    probability is almost 1, ``p - 1`` cancels: its float32 rounding, times the other operand, is always allowed.
+    probability is almost 1, ``p - 1`` cancels: the float32 error of ``p`` (PyTorch's softmax and log-softmax are both
+    off by 6 to 18 eps here), times the other operand and the incoming gradient (below 4), is always allowed.
     """
     wide = [inputs[0].double(), inputs[1].double(), inputs[2]]
     truth = loss_and_grads(wide, impl="reference", **options)
@@ -58,7 +59,7 @@ def assert_flash_rule(inputs: list[torch.Tensor], **options: Any) -> None:
             continue
         eps = torch.finfo(got.dtype if name == "loss" else inputs[0].dtype).eps
         bound = 2 * (other.double() - want).abs().max() + eps * want.abs().max()
-        bound += torch.finfo(torch.float32).eps * max(1, operand.double().abs().max())
+        bound += 32 * torch.finfo(torch.float32).eps * max(1, operand.double().abs().max())
         assert (got.double() - want).abs().max() <= bound, name
 
 
