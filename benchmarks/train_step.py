@@ -22,14 +22,14 @@ TINY = Path(__file__).parents[1] / "configs" / "pico-decoder-tiny.yaml"
 
 def measure(overrides: list[str], seq_len: int, rows: int, micro_batches: int, steps: int) -> dict[str, object]:
     """Time ``steps`` optimizer steps of ``micro_batches`` x ``rows`` x ``seq_len`` tokens after two untimed ones."""
-    import torch
-
     from pico_fast.config_io import load_config
     from pico_fast.flops import flops_per_token, measured_matmul_flops
     from pico_fast.model.build import build_kernels, build_model
     from pico_fast.optim import build_optimizer
     from pico_fast.runtime import start_runtime
     from pico_fast.step import training_step
+
+    import torch  # isort: skip (after pico_fast, which sets what OpenMP reads when torch is imported)
 
     config = load_config(TINY, [f"model.max_seq_len={seq_len}", "training.fabric.accelerator=auto", *overrides])
     runtime = start_runtime(config)
@@ -101,7 +101,8 @@ def main() -> int:
                 file.write(json.dumps(result) + "\n")
         print(
             f"| {seq_len} | {result['tokens_per_second']:,.0f} | {result['peak_bytes'] / 1e9:.2f} GB | "
-            f"{result['percent_of_matmul']:.0f} % of {result['matmul_flops'] / 1e9:,.0f} GFLOP/s | {result['loss']:.4f} |",
+            f"{result['percent_of_matmul']:.0f} % of {result['matmul_flops'] / 1e9:,.0f} GFLOP/s | "
+            f"{result['loss']:.4f} |",
             flush=True,
         )
     return 0

@@ -8,7 +8,7 @@ from pico_fast.flops import FLOPS_CONVENTION, flops_per_token, parameter_counts,
 from pico_fast.model.build import build_model
 from pico_fast.optim import build_optimizer, learning_rate
 from pico_fast.runtime import start_runtime
-from pico_fast.setup_run import open_inputs
+from pico_fast.setup_run import open_inputs, shown_kernels
 
 
 def print_dry_run(config: Config) -> None:
@@ -32,7 +32,7 @@ def print_dry_run(config: Config) -> None:
     lines = [
         *(f"warning: {warning}" for warning in inputs.warnings),
         f"device       {runtime.device}, {training.fabric.precision}, {runtime.threads} CPU threads",
-        f"kernels      {inputs.kernels.describe()}",
+        f"kernels      {shown_kernels(inputs.kernels)}",
         f"parameters   {built:,}: embedding {counts.embedding:,}, head {counts.head:,}, "
         f"blocks {counts.non_embedding:,}",
         f"FLOPs        {flops / 1e6:,.1f} M per token, {flops * batch * length:.3g} per step, "

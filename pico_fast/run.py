@@ -114,6 +114,7 @@ class Run:
         """Save the last step, whether all are done or a signal has come. Raises CheckpointError if that fails."""
         with self.monitor.paused():
             self.save(last=True)
+        self.monitor.flush()
         if self.stop.received is not None:
             self.monitor.info(
                 f"{self.stop.received.name}: stopped after {self.step} steps; the same command goes on from there"

@@ -201,7 +201,7 @@ def introduce(
         f"{layout.root}: {parameter_counts(config.model).total:,} parameters, "
         f"{config.training.fabric.precision} on {runtime.device} with {runtime.threads} CPU threads"
     )
-    monitor.info(f"kernels: {inputs.kernels.describe()}")
+    monitor.info(f"kernels: {shown_kernels(inputs.kernels)}")
     if not inputs.rows.has(wanted - 1):
         monitor.info(
             f"{config.data.dataset.name} has {inputs.rows.n_rows:,} rows, training reads {wanted:,}: "
@@ -219,6 +219,13 @@ def introduce(
     )
     if resumed:
         monitor.info("resuming; metrics.jsonl goes on, and its last word on a step counts")
+
+
+def shown_kernels(kernels: KernelSet) -> str:
+    """``torch`` where every op has the same implementation, else ``rope reference, swiglu torch, ...``."""
+    chosen = kernels.describe()
+    names = set(chosen.values())
+    return names.pop() if len(names) == 1 else ", ".join(f"{op} {name}" for op, name in chosen.items())
 
 
 def write_config(layout: RunLayout, config: Config) -> None:

@@ -119,10 +119,6 @@ class RunLayout:
         """The link that becomes ``latest`` by a rename."""
         return self.checkpoints / f"{TEMPORARY}latest"
 
-    def log_file(self, now: datetime | None = None) -> Path:
-        """Log file of a process that starts ``now``; its name is pico-train's."""
-        return self.logs / f"log_{(now or datetime.now()).strftime('%Y%m%d_%H%M%S')}.log"
-
     def eval_results(self, step: int) -> Path:
         """JSON file of evaluation results of ``step``."""
         return self.root / self.eval_results_dir / f"{step_name(step)}.json"

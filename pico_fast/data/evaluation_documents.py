@@ -45,7 +45,7 @@ class Documents:
 def load_documents(
     config: PalomaConfig, tokenizer: Tokenizer | None, max_seq_len: int, vocab_size: int, *, filesystem: Any = None
 ) -> Documents:
-    """The documents of ``evaluation.paloma``, each cut to its first ``min(config.max_length, max_seq_len)`` tokens.
+    """The documents of ``evaluation.paloma``, each cut to ``min(config.max_length, max_seq_len + 1)`` tokens.
 
     Text is tokenised here, without special tokens, as pico-train does; lists of ids may have any length. ``column:
     auto`` takes text where the dataset has it. A row is named in messages by its number in its file.
@@ -61,7 +61,7 @@ def load_documents(
     tokens. TokenizerError: text without a tokenizer.
     """
     shards = find_shards(config.dataset_name, config.dataset_split, config.revision, filesystem)
-    keep = min(config.max_length, max_seq_len)
+    keep = min(config.max_length, max_seq_len + 1)  # the last token is only predicted, never read
     kept: list[np.ndarray] = []
     truncated = 0
     for where, ids in islice(_documents(shards, config.column, tokenizer), config.limit):

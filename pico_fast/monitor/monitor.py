@@ -225,7 +225,7 @@ class Monitor:
 
     def checkpoint(self, step: int, seconds: float, nbytes: int) -> None:
         """The state with ``step`` updates applied is on disk: ``nbytes`` in ``seconds``."""
-        shown = f"{text.size(nbytes)} in {seconds:.1f} s"
+        shown = f"{text.size(nbytes)} in {seconds:.2f} s"
         self._log.file_lines([f"Step {step} -- 💾 Saved Checkpoint: {shown}"])
         self._console.line(f"step {step}: checkpoint: {shown}")
         self.event("checkpoint", step=step, seconds=seconds, bytes=nbytes)
@@ -238,13 +238,17 @@ class Monitor:
         with self._throughput.paused():
             yield
 
+    def flush(self) -> None:
+        """Report the last, partial interval, if there is one."""
+        if self._interval.steps:
+            self._report()
+
     def close(self) -> None:
         """Report the last, partial interval and release everything; a second call does nothing."""
         if self._closed:
             return
         self._closed = True
-        if self._interval.steps:
-            self._report()
+        self.flush()
         if self._wandb is not None:
             self._wandb.finish()
         self._console.close()

@@ -17,7 +17,6 @@ def test_paths_are_picos(tmp_path):
         layout.training_config: "training_config.yaml",
         layout.metrics: "metrics.jsonl",
         layout.logs: "logs",
-        layout.log_file(datetime(2026, 1, 2, 3, 4, 5)): "logs/log_20260102_030405.log",
         layout.eval_results(7): "eval_results/step_7.json",
         layout.checkpoints: "checkpoints",
         layout.latest: "checkpoints/latest",

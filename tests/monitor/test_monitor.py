@@ -181,7 +181,7 @@ def test_evaluation_and_checkpoint_events(
     assert events(tmp_path, "capture")[0]["bytes"] == 7
     output = capsys.readouterr().out
     assert "step 0: evaluation: paloma 60,000" in output
-    assert "step 0: checkpoint: 45 MB in 1.2 s" in output
+    assert "step 0: checkpoint: 45 MB in 1.25 s" in output
 
 
 def test_start_event_tells_where_it_ran_but_no_secret(
