@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from pico_kernels._triton import interpreting, triton_problem
+
 Implementations = Mapping[str, Callable[..., Any]]
 """One op's implementations: name to callable, every callable with the op's signature."""
 
@@ -21,13 +23,17 @@ def near_miss(name: str, known: Iterable[str]) -> str:
 def resolve(op: str, table: Implementations, name: str, device_type: str) -> Callable[..., Any]:
     """The implementation called ``name``; ``auto`` is ``triton`` on a GPU where the op has it, else ``torch``.
 
-    Raises ValueError, listing what the op has, for any other name.
+    Raises ValueError, listing what the op has, for any other name, and for ``triton`` where it cannot run, saying why.
     """
     if name == "auto":
-        name = "triton" if device_type == "cuda" and "triton" in table else "torch"
+        fast = device_type == "cuda" and "triton" in table and not interpreting() and triton_problem() is None
+        name = "triton" if fast else "torch"
     if name not in table:
         known = ["auto", *table]
         raise ValueError(f"{op}: no implementation {name!r}; it has {', '.join(known)}{near_miss(name, known)}")
+    problem = triton_problem(device_type) if name == "triton" else None
+    if problem:
+        raise ValueError(f"{op}: implementation 'triton' cannot run: {problem}")
     return table[name]
 
 

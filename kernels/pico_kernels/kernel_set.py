@@ -27,7 +27,7 @@ OPS: Mapping[str, Implementations] = {
 """Every op and its implementations by name."""
 
 
-def _import(path: str) -> Callable[..., Any]:
+def import_callable(path: str) -> Callable[..., Any]:
     """The callable at ``package.module:function``; ValueError if there is none."""
     module_name, _, function_name = path.partition(":")
     try:
@@ -81,7 +81,7 @@ class KernelSet:
         for op, table in OPS.items():
             name = requested.get(op) or default
             try:
-                chosen[op] = _import(name) if ":" in name else resolve(op, table, name, device_type)
+                chosen[op] = import_callable(name) if ":" in name else resolve(op, table, name, device_type)
             except ValueError as error:
                 message = str(error)
                 problems.append(message if message.startswith(f"{op}:") else f"{op}: {message}")

@@ -58,7 +58,7 @@ def test_every_problem_is_listed_at_once(tmp_path: Path, monkeypatch: pytest.Mon
     for part in (
         "no op 'rmsnorm'; there are default, rms_norm,",
         "did you mean 'rms_norm'?",
-        "swiglu: no implementation 'refrence'; it has auto, reference, torch, did you mean 'reference'?",
+        "swiglu: no implementation 'refrence'; it has auto, reference, torch, triton, did you mean 'reference'?",
         "rope: cannot import 'no_such_package.ops:rope': ModuleNotFoundError",
         "attention: 'math:pi' is not callable but float",
         "rms_norm: cannot import 'broken_kernels:norm': RuntimeError: no such device",
