@@ -43,9 +43,9 @@ class Inputs:
     warnings: tuple[str, ...]
 
 
-def open_inputs(config: Config, runtime: Runtime) -> Inputs:
-    """Open kernels, data and tokenizer. Raises UsageError, DataError or TokenizerError; writes nothing."""
-    kernels, warnings = build_kernels(config, runtime), list(runtime.warnings)
+def open_inputs(config: Config, runtime: Runtime, kernels: KernelSet) -> Inputs:
+    """Open data and tokenizer. Raises UsageError, DataError or TokenizerError; writes nothing."""
+    warnings = list(runtime.warnings)
     model, dataset = config.model, config.data.dataset
     rows = open_rows(dataset.name, dataset.split, dataset.revision, vocab_size=model.vocab_size)
     if rows.row_len > model.max_seq_len + 1:
@@ -87,7 +87,7 @@ def prepare_run(config: Config, runtime: Runtime, stop: GracefulStop) -> Iterato
     if config.checkpointing.run_name is None:
         config.checkpointing.run_name = default_run_name()
     layout = RunLayout.from_config(config.checkpointing)
-    inputs = open_inputs(config, runtime)
+    inputs = open_inputs(config, runtime, build_kernels(config, runtime))
     with RunLock(layout):
         remove_leftovers(layout)
         model = build_model(config, inputs.kernels, runtime)

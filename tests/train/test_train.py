@@ -276,6 +276,15 @@ def test_dry_run_prints_the_arithmetic_and_writes_nothing(small_run, tmp_path, c
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize(("size", "parameters"), [("tiny", "11,282,784"), ("small", "64,595,328")])
+def test_dry_run_of_a_published_model_says_its_size_even_without_its_data(capsys, tmp_path, size, parameters):
+    config = f"{os.path.dirname(__file__)}/../../configs/pico-decoder-{size}.yaml"
+    assert main(["--config", config, "--dry-run", f"data.dataset.name={tmp_path}/absent"]) == 2
+    output = capsys.readouterr()
+    assert parameters in output.out
+    assert "absent" in output.err
+
+
 def test_the_initial_weights_follow_the_seed(small_run):
     weights = {}
     for name, seed in (("a", 42), ("b", 42), ("c", 7)):
