@@ -162,6 +162,7 @@ def test_a_signal_finishes_the_step_commits_and_exits_0(small_run, uninterrupted
     output, _ = process.communicate(timeout=120)
     step = layout.latest_step()
     assert 5 < step < 200, output
+    assert f"{number.name}: finishing the step, then saving" in output
     assert verify_step(layout, step).good
     if not torchrun:
         assert process.returncode == 0, output
