@@ -3,11 +3,10 @@
 import asyncio
 import io
 import logging
+from types import SimpleNamespace
 
-import httpx
 import pytest
-import requests
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from pico_fast.data.remote import RemoteFile, transient
@@ -18,21 +17,19 @@ CONTENT = bytes(range(256)) * 4
 def hub_error(status):
     from huggingface_hub.utils import HfHubHTTPError
 
-    try:
-        import httpx2 as library  # of huggingface_hub 2
-    except ImportError:
-        library = httpx
-    response = library.Response(status, request=library.Request("GET", "https://hub.invalid"))
+    response = SimpleNamespace(status_code=status, headers={}, request=None)  # of httpx or requests, by its version
     return HfHubHTTPError(f"status {status}", response=response)
 
 
 def requests_error(status):
+    requests = pytest.importorskip("requests")
     response = requests.Response()
     response.status_code = status
     return requests.HTTPError(f"status {status}", response=response)
 
 
 def httpx_error(status):
+    httpx = pytest.importorskip("httpx")
     request = httpx.Request("GET", "https://hub.invalid")
     return httpx.HTTPStatusError("status", request=request, response=httpx.Response(status, request=request))
 
@@ -49,22 +46,19 @@ def test_the_status_decides(kind):
     assert not any(transient(kind(status)) for status in (400, 401, 403, 404, 410, 416))
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
-        *(OSError(5, "I/O error"), ConnectionResetError(), TimeoutError(), asyncio.TimeoutError()),
-        *(httpx.ConnectError("refused"), httpx.ReadTimeout("late"), httpx.RemoteProtocolError("cut")),
-        *(requests.ConnectionError("refused"), requests.Timeout("late")),
-    ],
-    ids=repr,
-)
-def test_what_passes(error):
-    assert transient(error)
+@pytest.mark.parametrize("library", ["httpx", "requests"])
+def test_network_libraries_without_a_status(library):
+    module = pytest.importorskip(library)
+    for name in ("ConnectError", "ReadTimeout", "RemoteProtocolError", "ConnectionError"):
+        if hasattr(module, name):
+            assert transient(getattr(module, name)("broken"))
 
 
-def test_what_lasts():
+def test_what_passes_and_what_lasts():
     from huggingface_hub.errors import OfflineModeIsEnabled
 
+    for error in (OSError(5, "I/O error"), ConnectionResetError(), TimeoutError(), asyncio.TimeoutError()):
+        assert transient(error)
     for error in (FileNotFoundError(), PermissionError(), IsADirectoryError(), ValueError(), RuntimeError()):
         assert not transient(error)
     assert not transient(OfflineModeIsEnabled("HF_HUB_OFFLINE=1"))
@@ -100,21 +94,18 @@ class _File(io.BytesIO):
 
 
 @given(
-    plan=st.lists(st.sampled_from([None, "fails", "short"]), max_size=30),
+    plan=st.lists(st.sampled_from([None, None, "fails", "short"]), max_size=20),
     reads=st.lists(st.tuples(st.integers(0, 1100), st.integers(0, 300)), max_size=8),
 )
 def test_the_bytes_are_those_of_the_file(plan, reads):
-    waits, failures = [], 0
-    for position, event in enumerate(plan):  # never five in a row
-        failures = failures + 1 if event else 0
-        plan[position] = None if failures > 2 else OSError("reset") if event == "fails" else event
-        failures %= 3
-    file, reference = RemoteFile(FileSystem(plan), "a", waits.append), io.BytesIO(CONTENT)
+    assume(sum(event is not None for event in plan) <= 4)  # so that no five tries in a row fail
+    plan = [OSError("reset") if event == "fails" else event for event in plan]
+    file, reference = RemoteFile(FileSystem(plan), "a", lambda _: None), io.BytesIO(CONTENT)
     for position, size in reads:
         assert file.seek(position) == reference.seek(position) == file.tell()
         assert file.read(size) == reference.read(size)
         assert file.read(3) == reference.read(3)  # goes on from there
-        assert file.tell() == reference.tell() if position < len(CONTENT) else True
+        assert file.tell() == reference.tell()
     assert file.seek(-7, io.SEEK_END) == len(CONTENT) - 7
     assert file.read() == CONTENT[-7:]
 
