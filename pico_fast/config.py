@@ -12,12 +12,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
+from pathlib import PurePath
 from typing import Any
 
 
-def setting(default: Any, *, choices: Sequence[Any] = (), low: float | None = None, above: float | None = None) -> Any:
-    """A dataclass field and the values it admits: one of ``choices``, at least ``low``, more than ``above``."""
-    metadata = {"choices": tuple(choices), "low": low, "above": above}
+def setting(
+    default: Any,
+    *,
+    choices: Sequence[Any] = (),
+    low: float | None = None,
+    above: float | None = None,
+    high: float | None = None,
+) -> Any:
+    """A dataclass field and its bounds: one of ``choices``, at least ``low``, more than ``above``, at most ``high``."""
+    metadata = {"choices": tuple(choices), "low": low, "above": above, "high": high}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -104,7 +112,7 @@ class OptimizationConfig:
     lr_warmup_steps: int = setting(2500, low=0)
     gradient_accumulation_steps: int = setting(128, low=1)
     # pico-fast
-    lr_min_ratio: float = setting(0.0, low=0)  # cosine and wsd end at lr * lr_min_ratio
+    lr_min_ratio: float = setting(0.0, low=0, high=1)  # cosine and wsd end at lr * lr_min_ratio
     lr_decay_steps: int | None = setting(None, low=1)  # wsd: length of the final decay; null is a tenth of max_steps
     weight_decay: float = setting(0.01, low=0)  # on every parameter, as torch's default in pico's published runs
     beta1: float = setting(0.9, low=0)
@@ -253,7 +261,7 @@ class KernelsConfig:
 class RuntimeConfig:
     """The process itself."""
 
-    seed: int = setting(42, low=0)  # pico-train's fixed seed; decides the initial weights
+    seed: int = setting(42, low=0, high=2**63 - 1)  # pico-train's fixed seed; decides the initial weights
     threads: int | None = setting(None, low=1)  # CPU threads of torch; null: every core this process may use
 
 
@@ -282,7 +290,7 @@ def _values_out_of_bounds(section: Any, prefix: str) -> Iterator[str]:
         if hasattr(value, "__dataclass_fields__"):
             yield from _values_out_of_bounds(value, f"{key}.")
             continue
-        choices, low, above = (f.metadata.get(name) for name in ("choices", "low", "above"))
+        choices, low, above, high = (f.metadata.get(name) for name in ("choices", "low", "above", "high"))
         for item in value if isinstance(value, list) else [value]:
             if choices and item is not None and item not in choices:
                 yield f"{key}: {item!r} is not one of {', '.join(map(str, choices))}"
@@ -290,6 +298,8 @@ def _values_out_of_bounds(section: Any, prefix: str) -> Iterator[str]:
                 yield f"{key}: {item} must be at least {low}"
             if above is not None and item is not None and not item > above:
                 yield f"{key}: {item} must be greater than {above}"
+            if high is not None and item is not None and not item <= high:
+                yield f"{key}: {item} must be at most {high}"
 
 
 def problems(config: Config, world_size: int = 1) -> list[str]:
@@ -302,12 +312,24 @@ def problems(config: Config, world_size: int = 1) -> list[str]:
         found += _head_problems(model)
     if optimization.beta1 >= 1 or optimization.beta2 >= 1:
         found.append(f"training.optimization.beta1, beta2: {optimization.beta1}, {optimization.beta2} must be below 1")
-    if optimization.lr_min_ratio > 1:
-        found.append(f"training.optimization.lr_min_ratio: {optimization.lr_min_ratio} must be at most 1")
     name = config.checkpointing.run_name
     if name is not None and (not name or name in {".", ".."} or "/" in name or "\\" in name):
         found.append(f"checkpointing.run_name: {name!r} must be one folder name, without '/'")
-    return found
+    return found + list(_folder_problems(config.checkpointing))
+
+
+def _folder_problems(checkpointing: CheckpointingConfig) -> Iterator[str]:
+    """The folders of a run must lie in it, under its lock, and apart from each other."""
+    inside_run = ("checkpoints_dir", "logs_dir")
+    inside_step = ("fabric_checkpoint_dir", "learning_dynamics_dir")
+    folders = {f"checkpointing.{name}": getattr(checkpointing, name) for name in (*inside_run, *inside_step)}
+    folders["checkpointing.evaluation.eval_results_dir"] = checkpointing.evaluation.eval_results_dir
+    for key, folder in folders.items():
+        parts = PurePath(folder).parts
+        if not parts or PurePath(folder).is_absolute() or ".." in parts:
+            yield f"{key}: {folder!r} must be a folder inside the run directory, such as {key.rsplit('.', 1)[1]!r}"
+    if len({PurePath(folder) for folder in folders.values()}) < len(folders):
+        yield f"{', '.join(folders)}: {', '.join(folders.values())} must be different folders"
 
 
 def _batch_problems(config: Config, world_size: int) -> Iterator[str]:

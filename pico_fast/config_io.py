@@ -7,7 +7,7 @@ import difflib
 import re
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,8 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, (str, int, float, bool)) or key in seen:
                 raise yaml.constructor.ConstructorError(
@@ -40,6 +42,25 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Scalar:
+    """A YAML scalar that reads as a boolean, number or date, and its text: ``off`` may be meant as a word."""
+
+    value: Any
+    text: str
+
+    def __repr__(self) -> str:
+        return self.text
+
+
+def _keeping_text(read: Callable[[Any, yaml.ScalarNode], Any]) -> Callable[[Any, yaml.ScalarNode], _Scalar]:
+    return lambda loader, node: _Scalar(read(loader, node), node.value)
+
+
+for _kind in ("bool", "int", "float", "timestamp"):
+    _Loader.add_constructor(
+        f"tag:yaml.org,2002:{_kind}", _keeping_text(getattr(yaml.SafeLoader, f"construct_yaml_{_kind}"))
+    )
 _Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
@@ -59,6 +80,8 @@ def _described(hint: Any) -> str:
 def _coerced(value: Any, hint: Any) -> Any:
     """``value`` as ``hint``; TypeError where it cannot be had without guessing."""
     origin = typing.get_origin(hint)
+    if isinstance(value, _Scalar) and origin is None:
+        value = value.text if hint is str else value.value
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in typing.get_args(hint):
             return None

@@ -4,35 +4,43 @@ from __future__ import annotations
 
 from pico_fast.checkpoint.state import state_tensors
 from pico_fast.config import Config
+from pico_fast.data.errors import DataError, TokenizerError
 from pico_fast.flops import FLOPS_CONVENTION, flops_per_token, parameter_counts, training_memory
-from pico_fast.model.build import build_model
+from pico_fast.model.build import build_kernels, build_model
 from pico_fast.optim import build_optimizer, learning_rate
 from pico_fast.runtime import start_runtime
 from pico_fast.setup_run import open_inputs, shown_kernels
 
 
 def print_dry_run(config: Config) -> None:
-    """Open data and tokenizer, build model and optimizer, print parameters, memory, FLOPs and the batch arithmetic."""
+    """Build model and optimizer, open data and tokenizer; print parameters, memory, FLOPs and the batch arithmetic.
+
+    Where the data cannot be opened, all that does not depend on them is printed before the DataError is raised.
+    """
     runtime = start_runtime(config)
-    inputs = open_inputs(config, runtime)
-    model = build_model(config, inputs.kernels, runtime)
+    kernels = build_kernels(config, runtime)
+    try:
+        inputs, failure = open_inputs(config, runtime, kernels), None
+    except (DataError, TokenizerError) as error:
+        inputs, failure = None, error
+    model = build_model(config, kernels, runtime)
     optimizer = build_optimizer(model, config.training.optimization)
 
     shape, training = config.model, config.training
     batch, accumulation = config.data.dataloader.batch_size, training.optimization.gradient_accumulation_steps
-    rows, length = batch // accumulation, inputs.rows.row_len - 1
+    rows, length = batch // accumulation, shape.max_seq_len if inputs is None else inputs.rows.row_len - 1
     counts = parameter_counts(shape)
     flops = flops_per_token(shape, length)
     memory = training_memory(shape, precision=training.fabric.precision, rows=rows, seq_len=length)
     built = sum(tensor.numel() for tensor in state_tensors(model, optimizer).values())
     total_tokens = training.max_steps * batch * length
     rates = [learning_rate(training, step) for step in (0, training.max_steps // 2, training.max_steps - 1)]
-    n_rows = inputs.rows.n_rows_known
-    known = "rows not counted (remote)" if n_rows is None else f"{n_rows:,} rows"
+    n_rows = None if inputs is None else inputs.rows.n_rows_known
+    known = "rows not counted" if n_rows is None else f"{n_rows:,} rows"
     lines = [
-        *(f"warning: {warning}" for warning in inputs.warnings),
+        *(f"warning: {warning}" for warning in (runtime.warnings if inputs is None else inputs.warnings)),
         f"device       {runtime.device}, {training.fabric.precision}, {runtime.threads} CPU threads",
-        f"kernels      {shown_kernels(inputs.kernels)}",
+        f"kernels      {shown_kernels(kernels)}",
         f"parameters   {built:,}: embedding {counts.embedding:,}, head {counts.head:,}, "
         f"blocks {counts.non_embedding:,}",
         f"FLOPs        {flops / 1e6:,.1f} M per token, {flops * batch * length:.3g} per step, "
@@ -46,4 +54,6 @@ def print_dry_run(config: Config) -> None:
         f"{memory.gradients / 1e9:.2f}, Adam {memory.moments / 1e9:.2f}, activations {memory.activations / 1e9:.2f}",
         "dry run: nothing was trained or written",
     ]
-    print("\n".join(lines))
+    print("\n".join(lines), flush=True)
+    if failure is not None:
+        raise failure

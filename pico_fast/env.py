@@ -8,6 +8,9 @@ import re
 import traceback
 from pathlib import Path
 
+from pico_fast.config import Config
+from pico_fast.config_io import to_yaml
+
 #: Names read from ``.env``: the two secrets pico-train's users keep there, and the settings of the same two libraries.
 ENV_NAMES = frozenset(
     {
@@ -32,7 +35,7 @@ _SHORTEST_SECRET = 8  # "TOKENIZERS_PARALLELISM=false" is no secret
 
 
 class EnvFileError(Exception):
-    """The ``.env`` file is there but cannot be read."""
+    """The ``.env`` file cannot be read, or a secret is where it would be written down."""
 
 
 def load_env(folder: str | Path = ".") -> list[str]:
@@ -75,6 +78,14 @@ def redact(text: str) -> str:
     for value in secret_values():
         text = text.replace(value, "***")
     return text
+
+
+def refuse_secrets(config: Config) -> None:
+    """Raise EnvFileError if HF_TOKEN or WANDB_API_KEY stands in the configuration, which is written to many files."""
+    text = to_yaml(config)
+    for name in sorted(_ALWAYS_SECRET):
+        if os.environ.get(name) and os.environ[name] in text:
+            raise EnvFileError(f"the value of {name} stands in the configuration; remove it, the environment is enough")
 
 
 class SecretFilter(logging.Filter):

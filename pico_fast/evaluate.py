@@ -97,7 +97,7 @@ def evaluate_perplexity(
             sums.append(losses.view(labels.shape).sum(1))
             if progress is not None:
                 progress(done, len(counted))
-    nll = torch.cat(sums).to("cpu", torch.float64).numpy()  # the one wait for the device
+    nll = torch.cat(sums).cpu().double().numpy()  # the one wait for the device
 
     tokens = np.array([len(document) - 1 for document in counted])
     with np.errstate(over="ignore"):  # a diverged model has perplexity inf

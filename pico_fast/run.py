@@ -63,6 +63,7 @@ class Run:
             micro_batches=self.config.training.optimization.gradient_accumulation_steps,
             start_step=self.step,
             prefetch=self.config.data.dataloader.prefetch,
+            should_stop=self.stop,
             pin_memory=self.runtime.device.type == "cuda",
         )
 
@@ -70,14 +71,15 @@ class Run:
         """Count and show the numbers of a finished step. Raises TrainingError after too many non-finite losses."""
         if values is None:
             return
-        finite = math.isfinite(values.loss)
+        finite = math.isfinite(values.loss) and (values.grad_norm is None or math.isfinite(values.grad_norm))
         self.nonfinite += not finite
         self.nonfinite_in_a_row = 0 if finite else self.nonfinite_in_a_row + 1
         self.monitor.train_step(values.step, values.loss, values.lr, values.grad_norm, self.nonfinite)
         limit = self.config.training.optimization.max_nonfinite_in_a_row
         if limit is not None and self.nonfinite_in_a_row >= limit:
             raise TrainingError(
-                f"the loss was {values.loss} for {self.nonfinite_in_a_row} steps in a row, up to step {values.step} "
+                f"loss ({values.loss}) or gradient were not finite for {self.nonfinite_in_a_row} steps in a row, "
+                f"up to step {values.step} "
                 f"(training.optimization.max_nonfinite_in_a_row = {limit}); {self._last_good()}"
             )
 
@@ -152,6 +154,7 @@ class Run:
     def _meta(self) -> dict[str, object]:
         return {
             "rng": rng_state(),
+            "machine": self.runtime.describe(),
             "nonfinite": self.nonfinite,
             "nonfinite_in_a_row": self.nonfinite_in_a_row,
             "data_fingerprint": self.data_fingerprint,
@@ -174,5 +177,9 @@ class Run:
             should_stop=self.stop,
         )
         if result is not None:
-            evaluate.write_eval_results(self.layout.eval_results(self.step), result)
             self.monitor.evaluation(self.step, result.metrics())
+            path = self.layout.eval_results(self.step)
+            try:
+                evaluate.write_eval_results(path, result)
+            except OSError as error:  # the figures are in the log and metrics; no reason to lose the run
+                self.monitor.warning(f"{path} was not written: {error.strerror or error}; training goes on")

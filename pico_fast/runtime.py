@@ -14,6 +14,7 @@ from types import FrameType
 import torch
 
 from pico_fast.config import Config
+from pico_fast.cores import usable_cores
 
 
 class UsageError(Exception):
@@ -42,6 +43,10 @@ class Runtime:
     compute_dtype: torch.dtype
     threads: int
     warnings: tuple[str, ...] = ()
+
+    def describe(self) -> dict[str, str | int]:
+        """What the bits of a result depend on beside the configuration."""
+        return {"device": self.device.type, "threads": self.threads, "torch": torch.__version__}
 
 
 def _device(accelerator: str) -> tuple[torch.device, str | None]:
@@ -82,8 +87,7 @@ def start_runtime(config: Config) -> Runtime:
     device, warning = _device(fabric.accelerator)
     if warning:
         warnings.append(warning)
-    usable_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = config.runtime.threads or usable_cores
+    threads = config.runtime.threads or usable_cores()
     torch.set_num_threads(threads)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -98,6 +102,7 @@ class GracefulStop:
     """
 
     same_request_s = 2.0
+    grace_s = 10.0  # torchrun kills its workers 30 s after it was asked to stop, and the save takes its time too
     signals = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
     def __init__(self) -> None:
@@ -108,10 +113,17 @@ class GracefulStop:
         """Whether the run has been asked to stop."""
         return self.received is not None
 
+    def overdue(self) -> bool:
+        """Whether the step under way should be given up for the save: ``grace_s`` after the request."""
+        return self.received is not None and time.monotonic() - self._first > self.grace_s
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
         if self.received is None:
             self.received, self._first = signal.Signals(number), now
+            text = f"\n{self.received.name}: finishing the step, then saving; again: exit at once, unsaved\n"
+            with contextlib.suppress(OSError):  # os.write: print may be interrupted by this very signal
+                os.write(2, text.encode())
         elif now - self._first > self.same_request_s:
             os._exit(128 + number)  # the last committed checkpoint stands; nothing is half-renamed by this
 

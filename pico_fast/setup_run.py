@@ -43,9 +43,9 @@ class Inputs:
     warnings: tuple[str, ...]
 
 
-def open_inputs(config: Config, runtime: Runtime) -> Inputs:
-    """Open kernels, data and tokenizer. Raises UsageError, DataError or TokenizerError; writes nothing."""
-    kernels, warnings = build_kernels(config, runtime), list(runtime.warnings)
+def open_inputs(config: Config, runtime: Runtime, kernels: KernelSet) -> Inputs:
+    """Open data and tokenizer. Raises UsageError, DataError or TokenizerError; writes nothing."""
+    warnings = list(runtime.warnings)
     model, dataset = config.model, config.data.dataset
     rows = open_rows(dataset.name, dataset.split, dataset.revision, vocab_size=model.vocab_size)
     if rows.row_len > model.max_seq_len + 1:
@@ -87,44 +87,60 @@ def prepare_run(config: Config, runtime: Runtime, stop: GracefulStop) -> Iterato
     if config.checkpointing.run_name is None:
         config.checkpointing.run_name = default_run_name()
     layout = RunLayout.from_config(config.checkpointing)
-    inputs = open_inputs(config, runtime)
-    with RunLock(layout):
-        remove_leftovers(layout)
-        model = build_model(config, inputs.kernels, runtime)
-        optimizer = build_optimizer(model, config.training.optimization)
-        fingerprint, notes = inputs.rows.fingerprint(), list(inputs.warnings)
-        found = latest_good(layout)
-        counters: dict[str, Any] = {"step": 0}
-        if found is not None:
-            step, state, rejected = found
-            notes += [f"step_{damaged} was passed over: {reason}" for damaged, reason in rejected]
-            notes += _resume(config, layout, state, model, optimizer, fingerprint)
-            durable = step if state.source == "pico-fast" and layout.latest_step() == step else None
-            counters = {"step": step, "saved_step": durable, "resumed_step": step}
-            counters |= {name: state.meta.get(name, 0) for name in ("nonfinite", "nonfinite_in_a_row")}
-        with open_monitor(config, runtime, layout, inputs.rows.row_len - 1, counters) as monitor:
-            introduce(monitor, config, runtime, layout, inputs, resumed=found is not None)
-            for note in notes:
-                monitor.warning(note)
-            write_config(layout, config)
-            yield Run(
-                config=config,
-                runtime=runtime,
-                layout=layout,
-                stop=stop,
-                monitor=monitor,
-                model=model,
-                optimizer=optimizer,
-                rows=inputs.rows,
-                data_fingerprint=fingerprint,
-                tokenizer=inputs.tokenizer,
-                documents=inputs.documents,
-                **counters,
-            )
+    inputs = open_inputs(config, runtime, build_kernels(config, runtime))
+    with contextlib.ExitStack() as stack:
+        try:
+            run = _enter_run(stack, config, runtime, layout, inputs, stop)
+        except OSError as error:
+            raise UsageError(
+                f"{error.filename or layout.root}: {error.strerror or error}; the run directory must be writable "
+                "(checkpointing.runs_dir, checkpointing.run_name) and its disk not full"
+            ) from None
+        yield run
+
+
+def _enter_run(
+    stack: contextlib.ExitStack, config: Config, runtime: Runtime, layout: RunLayout, inputs: Inputs, stop: GracefulStop
+) -> Run:
+    """Lock, model, checkpoint and monitor; ``stack`` gives back what was taken."""
+    stack.enter_context(RunLock(layout))
+    remove_leftovers(layout)
+    model = build_model(config, inputs.kernels, runtime)
+    optimizer = build_optimizer(model, config.training.optimization)
+    fingerprint, notes = inputs.rows.fingerprint(), list(inputs.warnings)
+    found = latest_good(layout)
+    counters: dict[str, Any] = {"step": 0}
+    if found is not None:
+        step, state, rejected = found
+        notes += [f"step_{damaged} was passed over: {reason}" for damaged, reason in rejected]
+        notes += _resume(config, runtime, layout, state, model, optimizer, fingerprint)
+        durable = step if state.source == "pico-fast" and layout.latest_step() == step else None
+        counters = {"step": step, "saved_step": durable, "resumed_step": step}
+        counters |= {name: state.meta.get(name, 0) for name in ("nonfinite", "nonfinite_in_a_row")}
+    monitor = stack.enter_context(open_monitor(config, runtime, layout, inputs.rows.row_len - 1, counters))
+    introduce(monitor, config, runtime, layout, inputs, resumed=found is not None)
+    for note in notes:
+        monitor.warning(note)
+    write_config(layout, config)
+    return Run(
+        config=config,
+        runtime=runtime,
+        layout=layout,
+        stop=stop,
+        monitor=monitor,
+        model=model,
+        optimizer=optimizer,
+        rows=inputs.rows,
+        data_fingerprint=fingerprint,
+        tokenizer=inputs.tokenizer,
+        documents=inputs.documents,
+        **counters,
+    )
 
 
 def _resume(
     config: Config,
+    runtime: Runtime,
     layout: RunLayout,
     state: LoadedState,
     model: PicoDecoder,
@@ -148,6 +164,12 @@ def _resume(
                 + "; give the old values or another checkpointing.run_name"
             )
         notes += [f"changed since the last checkpoint: {key} was {old!r}, now {new!r}" for key, old, new in changes]
+    for name, old, new in _changes(state.meta.get("machine", {}), runtime.describe()):
+        notes.append(f"{name} was {old}, now {new}: the run goes on, but not bit for bit as it would have there")
+    if state.source == "pico-train":
+        saved, now = state.meta["param_groups"][0], optimizer.param_groups[0]
+        differing = [key for key in ("weight_decay", "betas", "eps") if saved.get(key, now[key]) != now[key]]
+        notes += [f"pico-train ran with {key} = {saved[key]}, the configuration has {now[key]}" for key in differing]
     if state.meta.get("data_fingerprint", fingerprint) != fingerprint:
         notes.append(
             f"data.dataset.name: {config.data.dataset.name} is not what the run was trained on before; "
@@ -202,10 +224,11 @@ def introduce(
         f"{config.training.fabric.precision} on {runtime.device} with {runtime.threads} CPU threads"
     )
     monitor.info(f"kernels: {shown_kernels(inputs.kernels)}")
-    if not inputs.rows.has(wanted - 1):
+    n_rows = inputs.rows.n_rows_known  # of a hub dataset unknown: it would cost a request per shard
+    if n_rows is not None and n_rows < wanted:
         monitor.info(
-            f"{config.data.dataset.name} has {inputs.rows.n_rows:,} rows, training reads {wanted:,}: "
-            f"{wanted / inputs.rows.n_rows:.1f} passes in the same order"
+            f"{config.data.dataset.name} has {n_rows:,} rows, training reads {wanted:,}: "
+            f"{wanted / n_rows:.1f} passes in the same order"
         )
     if inputs.documents is not None:
         shorter = [ids for ids in inputs.documents if len(ids) < 2]

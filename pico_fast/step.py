@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -30,32 +31,37 @@ def training_step(
     max_grad_norm: float | None = None,
     skip_nonfinite: bool = False,
     measure_norm: bool = False,
-) -> StepNumbers:
+    give_up: Callable[[], bool] = lambda: False,
+) -> StepNumbers | None:
     """Forward, backward and update on ``micro_batches`` (micro-batches, rows, max_seq_len + 1) int32.
 
     The loss is the sum over all tokens divided by their number, so gradients do not depend on how the rows are cut into
     micro-batches. Nothing here waits for the device. ``skip_nonfinite`` leaves weights, moments and step count
-    untouched where the loss is NaN or infinite (the fused optimizer's ``found_inf``).
+    untouched where loss or gradient are not finite (the fused optimizer's ``found_inf``). If ``give_up()`` becomes true
+    between micro-batches, None is returned and everything is as it was before the step.
     """
     device = model.rope_cos.device
     rows = micro_batches.to(device, non_blocking=True)
     counted_tokens = rows[..., 1:].numel()
     loss = torch.zeros((), device=device)
     for micro_batch in rows.long():
+        if give_up():
+            optimizer.zero_grad(set_to_none=True)
+            return None
         micro_loss = model.loss(micro_batch[:, :-1], micro_batch[:, 1:], reduction="sum", denominator=counted_tokens)
         micro_loss.backward()
         loss += micro_loss.detach()
 
     parameters = list(model.parameters())
     grad_norm = None
-    if measure_norm or max_grad_norm is not None:
+    if measure_norm or skip_nonfinite or max_grad_norm is not None:
         grad_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], foreach=True)
     if max_grad_norm is not None and grad_norm is not None:
         torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, grad_norm, foreach=True)
     for group in optimizer.param_groups:
         group["lr"] = lr
-    if skip_nonfinite:
-        optimizer.found_inf = (~loss.isfinite()).float()  # type: ignore[attr-defined]
+    if skip_nonfinite and grad_norm is not None:
+        optimizer.found_inf = (~(loss + grad_norm).isfinite()).float()  # type: ignore[attr-defined]
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return StepNumbers(step, lr, loss, grad_norm)
@@ -74,7 +80,8 @@ class StepValues:
 class LateReader:
     """Reads the numbers of a step one step later, so that the host never waits for the step it has just launched.
 
-    On CUDA the values travel through pinned memory behind an event; elsewhere reading them costs nothing.
+    On CUDA the values travel through pinned memory behind an event. On a CPU reading them costs nothing; on MPS it
+    waits for the work queued so far, there being no such copy.
     """
 
     def __init__(self) -> None:

@@ -19,7 +19,7 @@ from pico_fast.config import Config
 from pico_fast.config_io import ConfigError, load_config, to_yaml
 from pico_fast.data.errors import DataError, TokenizerError
 from pico_fast.dry_run import print_dry_run
-from pico_fast.env import EnvFileError, load_env
+from pico_fast.env import EnvFileError, load_env, redact, refuse_secrets
 from pico_fast.monitor import MonitorError
 from pico_fast.optim import learning_rate
 from pico_fast.run import Run, TrainingError
@@ -43,6 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         load_env(Path.cwd())
         config = load_config(parsed.config, parsed.overrides, world_size=world_size())
+        refuse_secrets(config)
         if parsed.print_config:
             print(to_yaml(config), end="")
         elif parsed.dry_run:
@@ -50,10 +51,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             train(config)
     except USER_ERRORS as error:
-        print(f"pico_fast.train: {error}", file=sys.stderr)
+        print(f"pico_fast.train: {redact(str(error))}", file=sys.stderr)
         return 2
     except (CheckpointError, TrainingError) as error:
-        print(f"pico_fast.train: {error}", file=sys.stderr)
+        print(f"pico_fast.train: {redact(str(error))}", file=sys.stderr)
         return 1
     return 0
 
@@ -77,16 +78,27 @@ def run_steps(run: Run) -> None:
     run.begin()
     with frozen_gc(), run.open_batches() as batches:
         while run.step < config.training.max_steps and not run.stop():
+            try:
+                micro_batches = next(batches, None)
+            except DataError as error:
+                run.observe(late.flush())
+                run.save(last=True)
+                raise DataError(f"{error}; step {run.step} is saved, mend the data and start again") from None
+            if micro_batches is None:  # asked to stop while waiting for data
+                break
             numbers = training_step(
                 run.model,
                 run.optimizer,
-                next(batches),
+                micro_batches,
                 step=run.step,
                 lr=learning_rate(config.training, run.step),
                 max_grad_norm=optimization.max_grad_norm,
                 skip_nonfinite=optimization.skip_nonfinite,
                 measure_norm=run.monitor.logs(run.step),
+                give_up=run.stop.overdue,
             )
+            if numbers is None:
+                break
             run.step += 1
             run.monitor.step_done()
             run.observe(late.push(numbers))

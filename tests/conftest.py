@@ -1,5 +1,7 @@
 """Fixtures shared by all tests."""
 
+import pico_fast  # noqa: F401, I001 (first: it sets what OpenMP reads when torch is imported)
+
 from collections.abc import Callable
 from pathlib import Path
 

@@ -108,7 +108,7 @@ def test_every_problem_is_listed_at_once_with_its_key(tmp_path):
         ("model: {d_model: 1, d_model: 2}", "repeated or unusable key 'd_model'"),
         ("model: {", "not valid YAML"),
         ("model: {d_model: 1.5}", "model.d_model: an integer expected, 1.5 given"),
-        ("model: {d_model: true}", "model.d_model: an integer expected, True given"),
+        ("model: {d_model: true}", "model.d_model: an integer expected, true given"),
         ("model: {n_layers: 0}", "model.n_layers: 0 must be at least 1"),
         ("model: {attention_n_heads: 256}", "odd head width 3"),
         ("training: {optimization: {lr: fast}}", "training.optimization.lr: a number expected, 'fast' given"),
@@ -126,6 +126,53 @@ def test_batch_must_divide_over_all_processes(tmp_path):
     (tmp_path / "config.yaml").write_text(text)
     load_config(tmp_path / "config.yaml", world_size=3)
     assert "give a multiple of 16" in "\n".join(problems_of(tmp_path, text, world_size=4))
+
+
+@pytest.mark.parametrize("field", [f.name for f in dataclasses.fields(Config)])
+def test_every_choice_of_every_field_can_be_written(tmp_path, field):
+    """YAML 1.1 reads off, on, yes and no as booleans; ``monitoring.progress: off`` means the word."""
+
+    def choices(section, prefix):
+        for f in dataclasses.fields(section):
+            value = getattr(section, f.name)
+            if dataclasses.is_dataclass(value):
+                yield from choices(value, f"{prefix}{f.name}.")
+            elif not isinstance(value, list):
+                for choice in f.metadata.get("choices", ()):
+                    yield f"{prefix}{f.name}", choice
+
+    for key, choice in choices(getattr(Config(), field), f"{field}."):
+        value = load_config(None, [f"{key}={choice}"])
+        for part in key.split("."):
+            value = getattr(value, part)
+        assert value == choice
+
+
+def test_words_that_look_like_numbers_stay_words():
+    names = ["2024", "2025-01-01", "0x10", "1_000", "no"]
+    assert [load_config(None, [f"checkpointing.run_name={name}"]).checkpointing.run_name for name in names] == names
+
+
+def test_anchors_and_merge_keys_are_read_as_pico_train_reads_them(tmp_path):
+    (tmp_path / "config.yaml").write_text(
+        "data: {dataloader: &loader {batch_size: 256}}\nmodel: {<<: *loader, d_model: 96}\n"
+    )
+    config = load_config(tmp_path / "config.yaml")
+    assert (config.data.dataloader.batch_size, config.model.batch_size, config.model.d_model) == (256, 256, 96)
+
+
+@pytest.mark.parametrize(
+    ("override", "problem"),
+    [
+        ("checkpointing.checkpoints_dir=/elsewhere", "must be a folder inside the run directory"),
+        ("checkpointing.logs_dir=../logs", "must be a folder inside the run directory"),
+        ("checkpointing.logs_dir=checkpoints", "must be different folders"),
+        ("runtime.seed=99999999999999999999", "must be at most"),
+    ],
+)
+def test_folders_and_seeds_out_of_range(override, problem):
+    with pytest.raises(ConfigError, match=problem):
+        load_config(None, [override])
 
 
 def test_a_missing_file_is_named(tmp_path):

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from pico_fast.data.errors import DataError, TokenizerError
 from pico_fast.data.prepare import PrepareSettings, prepare
+from pico_fast.data.workers import worker_count
 
 EOS, PADDING = "<|endoftext|>", "<|padding|>"  # ids 0 and 1
 _LEFT_OUT = {"site-packages", "dist-packages", "__pycache__", "idlelib", "lib2to3", "ensurepip"}
@@ -80,8 +81,12 @@ def make(
     val_fraction: float = 0.02,
     workers: int | None = None,
 ) -> None:
-    """Make the corpus in ``out``, or find it there; prints what it does."""
+    """Make the corpus in ``out``, or find it there; prints what it does.
+
+    The arguments are the command's options. Raises DataError for a value out of bounds.
+    """
     started = time.monotonic()
+    workers = worker_count(workers)
     files = stdlib_files(megabytes << 20)
     size = sum(path.stat().st_size for path in files)
     settings = {
@@ -95,6 +100,13 @@ def make(
     if made and stamp.is_file() and stamp.read_text() == json.dumps(settings):
         print(f"demo corpus: already in {out}")
         return
+    prepare_settings = PrepareSettings(
+        inputs=tuple(str(path) for path in files),
+        tokenizer=str(out / "tokenizer"),
+        out=str(out),
+        max_seq_len=max_seq_len,
+        val_fraction=val_fraction,
+    )
     print(f"demo corpus: {len(files):,} files of the Python standard library, {size / 1e6:.1f} MB of text")
     stamp.unlink(missing_ok=True)
     train_tokenizer(files, vocab_size, out / "tokenizer")
@@ -102,17 +114,7 @@ def make(
         f"tokenizer: byte-level BPE of {vocab_size:,} tokens in {out / 'tokenizer'} "
         f"({time.monotonic() - started:.0f} s)"
     )
-    summary = prepare(
-        PrepareSettings(
-            inputs=tuple(str(path) for path in files),
-            tokenizer=str(out / "tokenizer"),
-            out=str(out),
-            max_seq_len=max_seq_len,
-            val_fraction=val_fraction,
-        ),
-        workers=workers,
-        overwrite=True,
-    )
+    summary = prepare(prepare_settings, workers=workers, overwrite=True)
     stamp.write_text(json.dumps(settings))
     print(f"{summary} ({time.monotonic() - started:.0f} s)")
 
@@ -125,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--max-seq-len", type=int, default=256, help="rows are one id longer (%(default)s)")
     parser.add_argument("--megabytes", type=int, default=14, help="of text at most (%(default)s)")
     parser.add_argument("--val-fraction", type=float, default=0.02, help="share of the documents (%(default)s)")
-    parser.add_argument("--workers", type=int, help="processes (default: one per core)")
+    parser.add_argument("--workers", type=int, help="processes (default: one per usable core)")
     arguments = parser.parse_args(argv)
     if arguments.vocab_size < 258:
         parser.error(f"--vocab-size {arguments.vocab_size}: 256 bytes and two special tokens need at least 258")

@@ -26,8 +26,15 @@ _READ_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Input:
-    """One file: where it is, what it is called in messages, its kind (text, json, parquet), bytes and change time "
-    "in ns."""
+    """One input file.
+
+    Attributes:
+        path: where it is.
+        label: what it is called in messages.
+        kind: text, json or parquet.
+        size: in bytes.
+        mtime_ns: time of its last change, in ns.
+    """
 
     path: str
     label: str

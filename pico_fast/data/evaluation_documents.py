@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -43,7 +44,13 @@ class Documents:
 
 
 def load_documents(
-    config: PalomaConfig, tokenizer: Tokenizer | None, max_seq_len: int, vocab_size: int, *, filesystem: Any = None
+    config: PalomaConfig,
+    tokenizer: Tokenizer | None,
+    max_seq_len: int,
+    vocab_size: int,
+    *,
+    filesystem: Any = None,
+    sleep: Callable[[float], object] = time.sleep,
 ) -> Documents:
     """The documents of ``evaluation.paloma``, each cut to ``min(config.max_length, max_seq_len + 1)`` tokens.
 
@@ -56,6 +63,7 @@ def load_documents(
         max_seq_len: of the model.
         vocab_size: of the model; every id must be less.
         filesystem: an fsspec file system to read from instead of the local disk or the hub.
+        sleep: waits so many seconds between the tries of a remote read.
 
     Raises DataError: no such data, split or column, a null, an id out of range, an unreadable file, no document of two
     tokens. TokenizerError: text without a tokenizer.
@@ -64,7 +72,7 @@ def load_documents(
     keep = min(config.max_length, max_seq_len + 1)  # the last token is only predicted, never read
     kept: list[np.ndarray] = []
     truncated = 0
-    for where, ids in islice(_documents(shards, config.column, tokenizer), config.limit):
+    for where, ids in islice(_documents(shards, config.column, tokenizer, sleep), config.limit):
         if len(ids) and (ids.min() < 0 or ids.max() >= vocab_size):
             bad = ids[(ids < 0) | (ids >= vocab_size)][0]
             raise DataError(
@@ -81,11 +89,13 @@ def load_documents(
     return Documents(shards.name, tuple(kept), truncated)
 
 
-def _documents(shards: Shards, wanted: str, tokenizer: Tokenizer | None) -> Iterator[tuple[str, np.ndarray]]:
+def _documents(
+    shards: Shards, wanted: str, tokenizer: Tokenizer | None, sleep: Callable[[float], object]
+) -> Iterator[tuple[str, np.ndarray]]:
     """(file and row for messages, all its token ids) of every row, in the order of the rows."""
     for shard, label in enumerate(shards.labels):
         where = f"{shards.name}: {label}"
-        for first_row, column, rows in _batches(shards, shard, wanted, where):
+        for first_row, column, rows in _batches(shards, shard, wanted, where, sleep):
             if rows.null_count:
                 row = first_row + int(np.flatnonzero(rows.is_null().to_numpy(zero_copy_only=False))[0])
                 raise DataError(f"{where}: row {row} is null")
@@ -94,20 +104,21 @@ def _documents(shards: Shards, wanted: str, tokenizer: Tokenizer | None) -> Iter
                 yield f"{where}: row {row}", ids
 
 
-def _batches(shards: Shards, shard: int, wanted: str, where: str) -> Iterator[tuple[int, str, pa.Array]]:
+def _batches(
+    shards: Shards, shard: int, wanted: str, where: str, sleep: Callable[[float], object]
+) -> Iterator[tuple[int, str, pa.Array]]:
     """(number of the first row in the file, column name, column) of every few rows of one file."""
-    path, filesystem = shards.paths[shard], shards.filesystem
     try:
-        source = pa.OSFile(path, "rb") if filesystem is None else filesystem.open(path, "rb")
-        with source, pq.ParquetFile(source) as file:
+        with shards.open(shard, sleep) as source, pq.ParquetFile(source) as file:
             column = _column(file.schema_arrow, wanted, where)
             first_row = 0
             for batch in file.iter_batches(_READ_ROWS, columns=[column]):
                 yield first_row, column, batch.column(0)
                 first_row += batch.num_rows
-    except (OSError, pa.ArrowException) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise DataError(f"{where}: cannot be read as parquet ({reason}); fetch or write it again") from None
+    except DataError:
+        raise
+    except shards.read_errors as error:
+        raise shards.unreadable(f"{where}: cannot be read as parquet", error) from None
 
 
 def _column(schema: pa.Schema, wanted: str, where: str) -> str:

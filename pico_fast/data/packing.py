@@ -94,8 +94,7 @@ def unit_done(parts: Path, unit: int) -> Counts | None:
 
 
 def tokenise_unit(unit: int, pieces: Sequence[Piece], packing: Packing, tokenizer: Tokenizer) -> Counts:
-    """Write the tokens of one unit, ``train`` and ``val`` apart; the counts file, written last, says that it is "
-    "done."""
+    """Write the tokens of one unit, ``train`` and ``val`` apart; the counts file, written last, marks it as done."""
     counts = Counts()
     paths = [token_file(packing.parts, split, unit) for split in SPLITS]
     with written_whole(paths[0]) as train, written_whole(paths[1]) as val, train.open("wb") as a, val.open("wb") as b:
@@ -135,8 +134,9 @@ def _portions(texts: Iterable[str | None], counts: Counts) -> Iterator[list[str]
 
 
 def _encode(texts: Sequence[str], tokenizer: Tokenizer) -> Iterator[list[int]]:
-    """Token ids of each text; one longer than ``_ENCODE_CHARS`` is tokenised in parts that end with a line where "
-    "possible."""
+    """Token ids of each text; one longer than twice ``_ENCODE_CHARS`` is tokenised in parts, cut at the end of a line
+    where there is one.
+    """
     parts = [list(_parts(text)) for text in texts]
     encoded = iter(tokenizer.encode([part for text in parts for part in text]))
     for text in parts:

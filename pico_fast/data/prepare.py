@@ -37,7 +37,7 @@ from pico_fast.data.packing import (
     written_whole,
 )
 from pico_fast.data.tokenizer import Tokenizer, load_tokenizer
-from pico_fast.data.workers import cores, run_tasks
+from pico_fast.data.workers import run_tasks, worker_count
 
 _RECORD = "prepare.json"  # in the output folder: the settings it was made with and, once complete, the summary
 
@@ -68,11 +68,12 @@ class PrepareSettings:
         if self.rows_per_shard * (self.max_seq_len + 1) >= 2**31:
             raise DataError(
                 f"rows_per_shard {self.rows_per_shard} of max_seq_len {self.max_seq_len}: a shard may hold at most "
-                "2**31 ids; "
-                "give fewer rows"
+                "2**31 ids; give fewer rows"
             )
         if not 0 <= self.val_fraction < 1:
             raise DataError(f"val_fraction {self.val_fraction} must be at least 0 and less than 1")
+        if not 0 <= self.seed < 2**64:
+            raise DataError(f"seed {self.seed} must be at least 0 and less than 2**64")
         if self.separator == "":
             raise DataError("separator: an empty string separates nothing")
 
@@ -119,13 +120,16 @@ def prepare(
 ) -> Summary:
     """Make the dataset, or go on with one that was interrupted, or find it complete.
 
+    What an unfinished run left is discarded if the inputs changed since, and the settings did not.
+
     Args:
-        workers: processes; None: one per core.
+        workers: processes; None: one per usable core.
         overwrite: replace what another run with other settings left in the output folder.
         progress: show bars, if standard error is a terminal.
 
-    Raises DataError, TokenizerError: bad input, or an output folder with something else in it.
+    Raises DataError, TokenizerError: bad settings or input, or an output folder with something else in it.
     """
+    workers = worker_count(workers)
     out = Path(settings.out)
     tokenizer = load_tokenizer(settings.tokenizer)
     eos_id = _eos_id(tokenizer, settings.eos)
@@ -137,7 +141,6 @@ def prepare(
         return complete
     dtype = "uint16" if max(tokenizer.vocab_size, eos_id + 1) <= 2**16 else "uint32"
     packing = Packing(out / ".parts", reading, eos_id, dtype, settings.val_fraction, settings.seed)
-    workers = workers or cores()
     per_unit = _tokenise(work_units(inputs, reading), packing, tokenizer, workers, progress)
     summary = _write(per_unit, packing, settings, out, workers, progress)
     _save_record(out, {**record, "summary": asdict(summary)})
@@ -180,20 +183,22 @@ def _enter(out: Path, record: dict[str, Any], overwrite: bool) -> Summary | None
     (out / "data").mkdir(parents=True, exist_ok=True)
     files = [file for split in SPLITS for file in (out / "data").glob(f"{split}-?????-of-?????.parquet")]
     if overwrite:
-        for file in [*files, out / _RECORD]:
-            file.unlink(missing_ok=True)
-        shutil.rmtree(out / ".parts", ignore_errors=True)
+        _discard(out, files)
     elif (out / _RECORD).exists():
         earlier = _read_record(out)
         before, now = earlier["settings"], record["settings"]
-        differing = [
-            f"{key}: {before.get(key)} then, {now.get(key)} now" for key in now if before.get(key) != now.get(key)
-        ]
-        if differing:
+        differing = {
+            key: f"{key}: {before.get(key)} then, {now[key]} now" for key in now if before.get(key) != now[key]
+        }
+        if earlier["summary"] is None and list(differing) == ["inputs"]:
+            print(f"{out}: the inputs changed since the unfinished run there; starting again", file=sys.stderr)
+            _discard(out, files)
+        elif differing:
             raise DataError(
-                f"{out} was made with other settings ({'; '.join(differing)}); give another --out, or --overwrite"
+                f"{out} was made with other settings ({'; '.join(differing.values())}); give another --out, or "
+                "--overwrite"
             )
-        if earlier["summary"] is not None and len(files) == sum(earlier["summary"]["shards"].values()):
+        elif earlier["summary"] is not None and len(files) == sum(earlier["summary"]["shards"].values()):
             values = {**earlier["summary"], "fresh": False}
             return Summary(**{**values, "counts": Counts(**values["counts"])})
     elif files:
@@ -201,6 +206,14 @@ def _enter(out: Path, record: dict[str, Any], overwrite: bool) -> Summary | None
     _save_record(out, record)
     (out / ".parts").mkdir(exist_ok=True)
     return None
+
+
+def _discard(out: Path, files: Sequence[Path]) -> None:
+    """Remove what earlier runs left; the record goes last, for without it ``files`` would be of unknown origin."""
+    if (out / ".parts").exists():
+        shutil.rmtree(out / ".parts")  # an error is no light matter: the next run would take stale parts for its own
+    for file in [*files, out / _RECORD]:
+        file.unlink(missing_ok=True)
 
 
 def _read_record(out: Path) -> dict[str, Any]:
@@ -318,7 +331,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="string between documents of a text file, such as '<|endoftext|>' or $'\\n\\n' (default: a file is one)",
     )
     parser.add_argument("--skip-undecodable", action="store_true", help="leave out what is not UTF-8, and count it")
-    parser.add_argument("--workers", type=int, help="processes (default: one per core)")
+    parser.add_argument("--workers", type=int, help="processes (default: one per usable core)")
     parser.add_argument("--overwrite", action="store_true", help="replace the dataset in the output folder")
     return parser.parse_args(argv)
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from pico_fast.data.errors import DataError
+from pico_fast.data.remote import RemoteFile, first_line
 from pico_fast.data.splits import group_by_split, matching_split
 
 _CONVERTED = "refs/convert/parquet"  # where the hub keeps its own parquet copy of datasets in other formats
@@ -32,6 +36,26 @@ class Shards:
     paths: tuple[str, ...]
     labels: tuple[str, ...]
     revision: str | None = None
+
+    def open(self, index: int, sleep: Callable[[float], object] = time.sleep) -> Any:
+        """File ``index`` for arrow to read; remote reads are repeated after transient errors, with ``sleep`` between.
+
+        Raises one of :attr:`read_errors`, as does reading.
+        """
+        if self.filesystem is None:
+            return pa.OSFile(self.paths[index], "rb")
+        return RemoteFile(self.filesystem, self.paths[index], sleep)
+
+    @property
+    def read_errors(self) -> tuple[type[Exception], ...]:
+        """What reading may raise; a remote file system raises what the network library that it is built on raises."""
+        return (OSError, pa.ArrowException) if self.filesystem is None else (Exception,)
+
+    def unreadable(self, what: str, error: Exception) -> DataError:
+        """The error for the user after one of :attr:`read_errors`; ``what`` names the file and what failed."""
+        local = self.filesystem is None
+        advice = "it may be cut short or damaged: fetch or write it again" if local else "check the connection"
+        return DataError(f"{what} ({first_line(error)}); {advice}")
 
 
 def find_shards(name: str, split: str = "train", revision: str | None = None, filesystem: Any = None) -> Shards:
@@ -130,10 +154,8 @@ def _hub_files(name: str, split: str, revision: str | None, original: Sequence[s
     except Exception as error:  # connection, authentication, unknown name, several configurations, scripts
         if original:  # there is no converted copy: the caller says what the dataset has instead
             return list(original)
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DataError(
             f"dataset {name!r}: no such folder here ({Path(name).absolute()}), and the hub does not give it: "
-            f"{first_line}; "
-            "check the name, the connection, and HF_TOKEN for private datasets"
+            f"{first_line(error)}; check the name, the connection, and HF_TOKEN for private datasets"
         ) from None
     return [str(file) for file in by_split[_existing(name, split, [str(s) for s in by_split])]] if by_split else []

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import bisect
 import hashlib
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -37,6 +38,8 @@ class TokenRows:
     Attributes:
         row_len: ids per row.
         vocab_size: every id is less than this; None checks only that ids are not negative and fit 32 bits.
+
+    ``sleep`` waits so many seconds between the tries of a remote read.
     """
 
     def __init__(
@@ -47,9 +50,10 @@ class TokenRows:
         vocab_size: int | None = None,
         column: str = "input_ids",
         footers: FooterCache | None = None,
+        sleep: Callable[[float], object] = time.sleep,
     ):
         self.shards, self.vocab_size, self.column = shards, vocab_size, column
-        self._footers = footers or FooterCache(None)
+        self._footers, self._sleep = footers or FooterCache(None), sleep
         self._starts = [0]  # _starts[i]: global number of shard i's first row, for the footers read so far
         self._groups: list[tuple[int, ...]] = []  # rows of each row group; all that is kept of a footer
         self._open: tuple[int, pq.ParquetFile] | None = None
@@ -154,10 +158,10 @@ class TokenRows:
     def _row_group_sizes(self, shard: int) -> tuple[int, ...]:
         """Rows of each row group of a shard, from its footer, whose schema is checked."""
         try:
-            with self._source(shard) as source:
+            with self.shards.open(shard, self._sleep) as source:
                 metadata = pq.read_metadata(source)
-        except self._read_errors as error:
-            raise self._unreadable(f"{self._label(shard)}: not a readable parquet file", error) from error
+        except self.shards.read_errors as error:
+            raise self.shards.unreadable(f"{self._label(shard)}: not a readable parquet file", error) from error
         schema = metadata.schema.to_arrow_schema()
         if self.column not in schema.names:
             raise DataError(
@@ -168,28 +172,9 @@ class TokenRows:
             raise DataError(f"{self._label(shard)}: column {self.column!r} is {kind}; lists of integers are expected")
         return tuple(metadata.row_group(group).num_rows for group in range(metadata.num_row_groups))
 
-    def _source(self, shard: int) -> Any:
-        path, filesystem = self.shards.paths[shard], self.shards.filesystem
-        if filesystem is None:
-            return pa.OSFile(path, "rb")
-        # read-ahead would fetch columns and row groups that nobody asked for; arrow asks in large pieces
-        return filesystem.open(path, "rb", cache_type="none")
-
     def _size(self, shard: int) -> int:
-        with self._source(shard) as source:
+        with self.shards.open(shard, self._sleep) as source:
             return int(source.seek(0, 2))
-
-    @property
-    def _read_errors(self) -> tuple[type[Exception], ...]:
-        """What reading may raise; a remote file system raises the exceptions of whatever network library it is "
-        "built on."""
-        return (OSError, pa.ArrowException) if self.shards.filesystem is None else (Exception,)
-
-    def _unreadable(self, what: str, error: Exception) -> DataError:
-        local = self.shards.filesystem is None
-        advice = "it may be cut short or damaged: fetch or write it again" if local else "check the connection"
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-        return DataError(f"{what} ({reason}); {advice}")
 
     def _label(self, shard: int) -> str:
         return f"{self.shards.name}: {self.shards.labels[shard]}"
@@ -208,10 +193,10 @@ class TokenRows:
             batch = self._next_batch()
             while row_in_shard >= batch[0] + len(batch[1]):
                 batch = self._next_batch()
-        except self._read_errors as error:
+        except self.shards.read_errors as error:
             self.close()
             what = f"{self._label(shard)}: row {row_in_shard} (global row {row}) cannot be read"
-            raise self._unreadable(what, error) from error
+            raise self.shards.unreadable(what, error) from error
         first, column = batch
         try:
             self._window = self._starts[shard] + first, token_matrix(column, self._row_len, self.vocab_size)
@@ -226,7 +211,10 @@ class TokenRows:
         if self._open is None or self._open[0] != shard:
             self.close()
             file = pq.ParquetFile(
-                self._source(shard), buffer_size=_READ_BYTES, pre_buffer=False, page_checksum_verification=True
+                self.shards.open(shard, self._sleep),
+                buffer_size=_READ_BYTES,
+                pre_buffer=False,
+                page_checksum_verification=True,
             )
             self._open = shard, file
         self._batches = self._open[1].iter_batches(_WINDOW_ROWS, [group], [self.column], use_threads=False)
@@ -253,22 +241,25 @@ def open_rows(
     column: str = "input_ids",
     *,
     filesystem: Any = None,
+    sleep: Callable[[float], object] = time.sleep,
 ) -> TokenRows:
     """Rows of token ids of a dataset; reads the first footer and the first rows, so that mistakes show at once.
 
     Args:
         name: a local folder or file of parquet, or a dataset on the hub, whose row groups are read over the network
-            as they are needed (nothing is downloaded first; HF_TOKEN opens private ones).
+            as they are needed (nothing is downloaded first; HF_TOKEN opens private ones). A remote read that fails
+            for a passing reason is repeated for about a minute.
         split: which files; see :func:`pico_fast.data.shards.find_shards`.
         revision: of a hub dataset.
         row_len: ids per row, ``max_seq_len + 1`` to train; None takes the first row's.
         vocab_size: ids must be less.
         column: list of integers of any width.
         filesystem: an fsspec file system to read from instead.
+        sleep: waits so many seconds between the tries of a remote read.
 
     Raises DataError.
     """
     shards = find_shards(name, split, revision, filesystem)
     on_hub = filesystem is None and shards.revision is not None
     footers = FooterCache.for_commit(name, shards.revision or "", column) if on_hub else None
-    return TokenRows(shards, row_len=row_len, vocab_size=vocab_size, column=column, footers=footers)
+    return TokenRows(shards, row_len=row_len, vocab_size=vocab_size, column=column, footers=footers, sleep=sleep)

@@ -11,16 +11,18 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import deque
+from collections.abc import Callable
 
 import numpy as np
 import torch
 
 from pico_fast.data.source import TokenRows
 
+_POLL_S = 0.2  # how often a waiting consumer looks whether it should stop
+
 
 def row_starts(step: int, *, batch_size: int, micro_batches: int, rank: int = 0, world_size: int = 1) -> list[int]:
-    """First row of each micro-batch of ``step`` on ``rank``, before the modulo; each has ``B/(M*W)`` rows from "
-    "there."""
+    """First row of each micro-batch of ``step`` on ``rank``, before the modulo; ``B/(M*W)`` rows follow from there."""
     per_micro_batch = batch_size // micro_batches
     per_rank = per_micro_batch // world_size
     return [step * batch_size + m * per_micro_batch + rank * per_rank for m in range(micro_batches)]
@@ -36,8 +38,7 @@ def row_indices(
 
 
 def _fill(rows: TokenRows, out: np.ndarray, start: int) -> None:
-    """Rows from ``start`` on, modulo the number of rows, into ``out``. The number of rows is asked for only at the "
-    "end."""
+    """Rows from ``start`` on, modulo the number of rows, into ``out``; asks for that number only at the end."""
     filled = 0
     while filled < len(out):
         first, stop = start + filled, start + len(out)
@@ -52,7 +53,7 @@ class _Prefetch:
     """What the reading thread and the consumer share: finished batches, an error, and whether to stop."""
 
     def __init__(self, capacity: int):
-        self._changed = threading.Condition()
+        self._changed = threading.Condition()  # re-entrant
         self._batches: deque[torch.Tensor] = deque()
         self._capacity = capacity
         self._error: BaseException | None = None
@@ -81,9 +82,15 @@ class _Prefetch:
             self._batches.clear()
             self._changed.notify_all()
 
-    def get(self) -> torch.Tensor:
+    def get(self, should_stop: Callable[[], bool] | None) -> torch.Tensor:
+        """The next batch when it is there; StopIteration after :meth:`stop`, or when ``should_stop`` says so."""
         with self._changed:
-            self._changed.wait_for(lambda: self._stopped or bool(self._batches) or self._error is not None)
+            while not self._changed.wait_for(
+                lambda: self._stopped or bool(self._batches) or self._error is not None,
+                timeout=None if should_stop is None else _POLL_S,
+            ):
+                if should_stop is not None and should_stop():
+                    self.stop()
             if self._batches:
                 batch = self._batches.popleft()
                 self._changed.notify_all()
@@ -109,6 +116,8 @@ class BatchStream:
         start_step: the first step to give.
         prefetch: batches ready at most, besides the one in use.
         pin_memory: page-locked memory, for asynchronous copies to a GPU.
+        should_stop: asked while ``next`` waits; once it is true the iteration ends, without the batch that is late, so
+            that a read that hangs holds up nobody. A batch that is ready is given nevertheless.
 
     Raises ValueError if ``batch_size`` does not divide.
     """
@@ -124,19 +133,19 @@ class BatchStream:
         start_step: int = 0,
         prefetch: int = 4,
         pin_memory: bool = False,
+        should_stop: Callable[[], bool] | None = None,
     ):
         if min(batch_size, micro_batches, world_size, prefetch) < 1 or start_step < 0 or not 0 <= rank < world_size:
             raise ValueError(
                 f"batch_size {batch_size}, micro_batches {micro_batches}, world_size {world_size} and prefetch "
-                f"{prefetch} "
-                f"must be at least 1, start_step {start_step} at least 0, rank {rank} less than world_size"
+                f"{prefetch} must be at least 1, start_step {start_step} at least 0, rank {rank} less than world_size"
             )
         if batch_size % (micro_batches * world_size):
             raise ValueError(
                 f"batch_size {batch_size} is not a multiple of micro_batches * world_size = "
                 f"{micro_batches * world_size}"
             )
-        self._prefetch = _Prefetch(prefetch)
+        self._prefetch, self._should_stop = _Prefetch(prefetch), should_stop
         self._thread = threading.Thread(
             target=_read_batches,
             args=(self._prefetch, rows, batch_size, micro_batches, rank, world_size, start_step, pin_memory),
@@ -151,7 +160,7 @@ class BatchStream:
         return self
 
     def __next__(self) -> torch.Tensor:
-        return self._prefetch.get()
+        return self._prefetch.get(self._should_stop)
 
     def __enter__(self) -> BatchStream:
         return self

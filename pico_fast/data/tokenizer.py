@@ -67,8 +67,7 @@ class Tokenizer:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def save(self, folder: str | Path) -> None:
-        """Write Hugging Face tokenizer files into ``folder``, so that ``AutoTokenizer.from_pretrained(folder)`` "
-        "loads them."""
+        """Write Hugging Face tokenizer files into ``folder``, for ``AutoTokenizer.from_pretrained(folder)``."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         if self._slow is not None:

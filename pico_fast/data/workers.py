@@ -11,12 +11,17 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing.connection import wait
 from typing import TypeVar
 
+from pico_fast.cores import usable_cores
+from pico_fast.data.errors import DataError
+
 Result = TypeVar("Result")
 
 
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def worker_count(asked: int | None) -> int:
+    """How many workers to start: ``asked``, or one per usable core for None. Raises DataError for less than 1."""
+    if asked is not None and asked < 1:
+        raise DataError(f"workers {asked} must be at least 1")
+    return usable_cores() if asked is None else asked
 
 
 def run_tasks(function: Callable[..., Result], tasks: Sequence[tuple], workers: int) -> Iterator[Result]:

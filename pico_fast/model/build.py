@@ -17,7 +17,7 @@ def build_kernels(config: Config, runtime: Runtime) -> KernelSet:
     try:
         return KernelSet.from_config(dataclasses.asdict(config.kernels), device=runtime.device)
     except ValueError as error:
-        raise UsageError(f"kernels: {error}") from None
+        raise UsageError(str(error)) from None
 
 
 def build_model(config: Config, kernels: KernelSet, runtime: Runtime) -> PicoDecoder:

@@ -58,7 +58,7 @@ def generate(
         generator.seed()
     else:
         generator.manual_seed(seed)
-    cache = KVCache(model.config, batch, limit, dtype=model.compute_dtype, device=prompt.device)
+    cache = KVCache(model.config, batch, length + max_new_tokens, dtype=model.compute_dtype, device=prompt.device)
     tokens, finished = prompt, torch.zeros(batch, dtype=torch.bool, device=prompt.device)
     unread = prompt
     for _ in range(max_new_tokens):
@@ -66,7 +66,9 @@ def generate(
         if temperature == 0:
             unread = logits.argmax(dim=-1, keepdim=True)
         else:
-            probabilities = filter_logits(logits / temperature, top_k, top_p).softmax(dim=-1)
+            best = logits.amax(dim=-1, keepdim=True)
+            scaled = ((logits.double() - best) / temperature).float()  # a tiny temperature must not make inf - inf
+            probabilities = filter_logits(scaled, top_k, top_p).softmax(dim=-1)
             unread = torch.multinomial(probabilities, 1, generator=generator)
         if eos_id is not None:
             unread = torch.where(finished[:, None], eos_id, unread)

@@ -29,7 +29,8 @@ class Console:
                 unit="step",
                 file=sys.stderr,
                 dynamic_ncols=width > 0,
-                ncols=None if width else 80,  # containers give terminals of width 0, on which tqdm shows nothing
+                ncols=None if width else 80,  # containers give terminals without a size; tqdm would show nothing
+                nrows=None if width else 24,
                 bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}",
                 leave=True,
             )
@@ -62,8 +63,10 @@ class Console:
 
 
 def _stderr_columns() -> int:
+    """Columns of the terminal behind stderr; 0 if it does not know its size."""
     try:
-        return os.get_terminal_size(sys.stderr.fileno()).columns
+        size = os.get_terminal_size(sys.stderr.fileno())
+        return size.columns if size.lines else 0
     except (OSError, ValueError):
         return 0
 

@@ -29,3 +29,12 @@ def test_only_the_standard_library():
     assert not any("site-packages" in path.parts for path in files)
     assert sum(path.stat().st_size for path in files) <= 14 << 20
     assert any(path.name == "argparse.py" for path in files)
+
+
+def test_bad_options_are_refused_before_anything_is_done(tmp_path, capsys):
+    for options in (["--workers", "0"], ["--val-fraction", "1"]):
+        assert main(["--out", str(tmp_path / "out"), "--megabytes", "1", *options]) == 2
+        assert not (tmp_path / "out").exists()
+    errors = capsys.readouterr().err.splitlines()
+    assert errors[0] == "error: workers 0 must be at least 1"
+    assert errors[1].startswith("error: val_fraction 1.0")

@@ -1,10 +1,13 @@
 """Documents for evaluation: columns, truncation, limits, and what is refused."""
 
+import io
+
 import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from pico_fast.config import PalomaConfig
 from pico_fast.data.errors import DataError, TokenizerError
@@ -25,9 +28,9 @@ def written(folder, columns, name="val-00000-of-00001.parquet", **options):
     return str(folder)
 
 
-def loaded(name, tokenizer=None, max_seq_len=100, vocab_size=26, filesystem=None, **config):
+def loaded(name, tokenizer=None, max_seq_len=100, vocab_size=26, filesystem=None, sleep=None, **config):
     paloma = PalomaConfig(dataset_name=name, dataset_split="val", **config)
-    return load_documents(paloma, tokenizer, max_seq_len, vocab_size, filesystem=filesystem)
+    return load_documents(paloma, tokenizer, max_seq_len, vocab_size, filesystem=filesystem, sleep=sleep)
 
 
 @pytest.mark.parametrize("kind", [pa.list_(pa.int32()), pa.large_list(pa.int64()), pa.list_(pa.uint16())])
@@ -82,6 +85,43 @@ def test_another_file_system():
     with memory.open("/eval/data/val.parquet", "wb") as file:
         pq.write_table(pa.table({"input_ids": ROWS}), file)
     assert [ids.tolist() for ids in loaded("/eval", filesystem=memory)] == ROWS
+
+
+class FlakyFileSystem(MemoryFileSystem):
+    """Every second read fails, as do all after ``broken``."""
+
+    cachable = False
+    reads, broken = 0, False
+
+    def _open(self, path, mode="rb", **options):
+        file = super()._open(path, mode, **options)
+        return file if mode != "rb" else _FlakyFile(file.getvalue(), self)
+
+
+class _FlakyFile(io.BytesIO):
+    def __init__(self, content, filesystem):
+        super().__init__(content)
+        self.filesystem = filesystem
+
+    def read(self, size=-1):
+        self.filesystem.reads += 1
+        if self.filesystem.reads % 2 or self.filesystem.broken:
+            raise TimeoutError("late")
+        return super().read(size)
+
+
+def test_remote_outages_are_waited_out():
+    rows, waits = np.random.default_rng(0).integers(0, 26, (1000, 200)).tolist(), []
+    flaky = FlakyFileSystem()
+    with flaky.open("/flaky/data/val.parquet", "wb") as file:
+        pq.write_table(pa.table({"input_ids": rows}), file, row_group_size=300, use_dictionary=False)
+    assert [ids.tolist() for ids in loaded("/flaky", None, 200, filesystem=flaky, sleep=waits.append)] == rows
+    assert waits == [4] * len(waits)
+    assert len(waits) >= 2  # the footer, and the rows in as many pieces as arrow likes
+    flaky.broken = True
+    with pytest.raises(DataError, match=r"val.parquet: cannot be read as parquet \(late\); check the connection"):
+        loaded("/flaky", filesystem=flaky, sleep=waits.append)
+    flaky.rm("/flaky", recursive=True)
 
 
 @pytest.mark.parametrize(

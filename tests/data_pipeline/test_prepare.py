@@ -25,6 +25,7 @@ from pico_fast.data.packing import Packing, _is_val, gather, shuffled_rows
 from pico_fast.data.prepare import main
 from pico_fast.data.source import open_rows
 from pico_fast.data.tokenizer import load_tokenizer
+from pico_fast.data.workers import worker_count
 
 TOKENIZER = str(Path(__file__).parents[1] / "data" / "golden" / "tokenizer")
 
@@ -266,6 +267,58 @@ def test_second_run_is_immediate_and_other_settings_are_refused(tmp_path, capsys
     assert "inputs: 1 files" in capsys.readouterr().err
 
 
+def test_corrected_input_after_a_failed_run(tmp_path, capsys, small_units):
+    texts, out = some_texts(100), tmp_path / "out"
+    source = write_jsonl(tmp_path / "a.jsonl", texts)
+    source.write_text(source.read_text("utf-8") + '{"text": oops}\n', "utf-8")
+    assert run([source], out) == 2
+    assert list((out / ".parts").glob("unit-*.json"))  # units were done
+    write_jsonl(source, ["corrected", *texts])
+    capsys.readouterr()
+    assert run([source], out) == 0
+    assert "the inputs changed since the unfinished run there; starting again" in capsys.readouterr().err
+    assert run([source], tmp_path / "fresh") == 0
+    assert contents(out) == contents(tmp_path / "fresh")
+    assert not (out / ".parts").exists()
+
+
+def test_changed_input_after_some_shards_were_written(tmp_path, monkeypatch):
+    from pico_fast.data import prepare
+
+    source, out, original, written = (
+        write_jsonl(tmp_path / "a.jsonl", some_texts(200)),
+        tmp_path / "out",
+        prepare.write_shard,
+        [],
+    )
+
+    def failing(path, *arguments):
+        if written:
+            raise OSError(28, "No space left on device")
+        written.append(path)
+        original(path, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare, "write_shard", failing)
+        assert run([source], out, "--rows-per-shard", 100) == 2
+    assert written[0].exists()
+    write_jsonl(source, some_texts(201, seed=1))
+    assert run([source], out, "--rows-per-shard", 100) == 0
+    assert run([source], tmp_path / "fresh", "--rows-per-shard", 100) == 0
+    assert contents(out) == contents(tmp_path / "fresh")
+
+
+def test_unfinished_run_with_other_settings_is_kept(tmp_path, capsys):
+    source, out = write_jsonl(tmp_path / "a.jsonl", some_texts(100)), tmp_path / "out"
+    source.write_text(source.read_text("utf-8") + '{"text": oops}\n', "utf-8")
+    assert run([source], out) == 2
+    write_jsonl(source, some_texts(100))
+    record = (out / "prepare.json").read_text()
+    assert run([source], out, "--seed", 1) == 2
+    assert "seed: 42 then, 1 now" in capsys.readouterr().err
+    assert (out / "prepare.json").read_text() == record
+
+
 def test_foreign_parquet_is_not_mixed_in(tmp_path, capsys):
     (tmp_path / "out" / "data").mkdir(parents=True)
     (tmp_path / "out" / "data" / "train-00000-of-00001.parquet").write_bytes(b"mine")
@@ -406,6 +459,14 @@ def make_bad(tmp_path, kind):
         return good, ["--max-seq-len", "0"], "max_seq_len 0"
     if kind == "shard":
         return good, ["--rows-per-shard", "100000000"], "a shard may hold at most"
+    if kind == "seed":
+        return good, ["--seed", "-1"], "^error: seed -1 must be at least 0 .*\n$"
+    if kind == "seed of 65 digits":
+        return good, ["--seed", "1" * 65], "less than 2"
+    if kind == "workers":
+        return good, ["--workers", "0"], "^error: workers 0 must be at least 1\n$"
+    if kind == "negative workers":
+        return good, ["--workers", "-2"], "workers -2 must be"
     if kind == "separator":
         return good, ["--separator", ""], "separates nothing"
     raise AssertionError(kind)
@@ -417,6 +478,7 @@ def make_bad(tmp_path, kind):
         *("missing", "folder without text", "undecodable text", "undecodable line", "not JSON", "JSON array"),
         *("no such key", "not a string", "no such column", "column of numbers", "damaged parquet", "cut gzip"),
         *("too little", "no text at all", "unknown end token", "fraction", "length", "shard", "separator"),
+        *("seed", "seed of 65 digits", "workers", "negative workers"),
     ],
 )
 def test_bad_input(tmp_path, capsys, kind):
@@ -426,6 +488,17 @@ def test_bad_input(tmp_path, capsys, kind):
     assert re.search(message, error), error
     assert error.startswith("error: ")
     assert "Traceback" not in error
+
+
+@pytest.mark.parametrize("options", [["--seed", -1], ["--workers", 0], ["--workers", -1]])
+def test_bad_settings_are_refused_before_anything_is_done(tmp_path, options):
+    assert run([write_jsonl(tmp_path / "a.jsonl", some_texts(50))], tmp_path / "out", *options) == 2
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_worker_per_usable_core(monkeypatch):
+    monkeypatch.setattr("pico_fast.data.workers.usable_cores", lambda: 7)
+    assert (worker_count(None), worker_count(3)) == (7, 3)
 
 
 def test_bad_input_in_a_worker_process(tmp_path, capsys, small_units):

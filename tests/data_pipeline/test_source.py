@@ -299,6 +299,70 @@ def test_remote_failure_is_named(remote):
         rows.read(10, 11)
 
 
+def flaky(filesystem, failures):
+    """Make the file system raise the next of ``failures`` (None: go well) whenever a file is opened or read."""
+    open_file = filesystem._open
+
+    def fail():
+        error = failures.pop(0) if failures else None
+        if error is not None:
+            raise error
+
+    def opened(path, mode="rb", **options):
+        fail()
+        file = open_file(path, mode, **options)
+        read = file.read
+        file.read = lambda size=-1: (fail(), read(size))[1]
+        return file
+
+    filesystem._open = opened
+
+
+def test_remote_outages_are_waited_out(remote):
+    filesystem, ids = remote
+    outage, waits = [OSError("reset"), TimeoutError(), None, ConnectionError("refused")], []
+    failures = [*outage]
+    flaky(filesystem, failures)
+    rows = open_rows("/repo", filesystem=filesystem, sleep=waits.append)  # footer and first rows
+    assert waits == [4, 8, 4]  # opened at the third try, cut off at the first read, then well
+    for start in range(0, 60, 7):  # any read: footers, row groups just opened, row groups half read
+        failures[:] = [*[None] * (start % 4), *outage]
+        np.testing.assert_array_equal(rows.read(start, start + 7), ids[start : start + 7])
+    assert not failures
+    assert len(waits) > 3 * 3
+
+
+def test_remote_outages_end_after_about_a_minute(remote):
+    filesystem, ids = remote
+    waits, failures = [], []
+    flaky(filesystem, failures)
+    rows = open_rows("/repo", filesystem=filesystem, sleep=waits.append)
+    failures[:] = [OSError(f"outage {number}") for number in range(1, 6)]
+    with pytest.raises(DataError, match=r"train-00001-of-00120.parquet: .*\(outage 5\); check the connection"):
+        rows.read(10, 12)
+    assert (len(waits), sum(waits)) == (4, 60)
+    np.testing.assert_array_equal(rows.read(10, 12), ids[10:12])  # and one may go on afterwards
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError("gone"), PermissionError("no")])
+def test_what_lasts_is_not_tried_again(remote, error):
+    filesystem, _ = remote
+    failures = []
+    flaky(filesystem, failures)
+    rows = open_rows("/repo", filesystem=filesystem, sleep=lambda _: pytest.fail("waited"))
+    failures.append(error)
+    with pytest.raises(DataError, match=str(error)):
+        rows.read(10, 12)
+
+
+def test_local_files_are_not_tried_again(tmp_path, ids):
+    name = shards(tmp_path, ids, [20, 20])
+    rows = open_rows(name, sleep=lambda _: pytest.fail("waited"))
+    (tmp_path / "data" / "train-00001-of-00002.parquet").write_bytes(b"PAR1")
+    with pytest.raises(DataError, match="not a readable parquet file"):
+        rows.read(20, 21)
+
+
 def test_remote_single_file_and_missing_folder(remote):
     filesystem, ids = remote
     rows = open_rows("/repo/data/train-00002-of-00120.parquet", filesystem=filesystem)

@@ -166,6 +166,31 @@ def test_consumer_waiting_in_another_thread_is_released_by_close(tmp_path):
     stream.close()
 
 
+def test_a_hanging_read_does_not_hold_up_the_stop(tmp_path):
+    rows = open_rows(write_rows(tmp_path / "d", [20], 5))
+    release, stop, read = threading.Event(), threading.Event(), rows.read
+    rows.read = lambda start, end, out: read(start, end, out) if start < 4 else release.wait(10)
+    stream = BatchStream(rows, batch_size=2, micro_batches=1, should_stop=stop.is_set)
+    assert [int(next(stream)[0, 0, 0]) for _ in range(2)] == [0, 2]
+    threading.Timer(0.3, stop.set).start()
+    started = time.monotonic()
+    with pytest.raises(StopIteration):
+        next(stream)
+    assert 0.2 < time.monotonic() - started < 3
+    release.set()
+    assert list(stream) == []  # it stays over, whatever arrives afterwards
+    stream.close()
+
+
+def test_ready_batches_and_errors_come_before_the_stop(tmp_path):
+    rows = open_rows(bad_shard(tmp_path / "d"))
+    with BatchStream(rows, batch_size=10, micro_batches=1, should_stop=lambda: True) as stream:
+        stream._thread.join(timeout=10)  # the first batch is ready, the second has failed
+        assert next(stream).shape == (1, 10, 3)
+        with pytest.raises(DataError, match="has 2 ids"):
+            next(stream)
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

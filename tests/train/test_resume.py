@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import torch
 
 from pico_fast.checkpoint.integrity import verify_step
 from pico_fast.checkpoint.layout import RunLayout
+from pico_fast.checkpoint.legacy import pico_parameter_names
 from pico_fast.checkpoint.load import latest_good
 from pico_fast.config_io import load_config
 from pico_fast.monitor import read_metrics
@@ -137,20 +139,30 @@ MANY = {"max_steps": 200, "checkpointing.save_every_n_steps": 200, "evaluation.m
 
 
 @pytest.mark.parametrize(
-    ("number", "torchrun"), [(signal.SIGTERM, False), (signal.SIGINT, False), (signal.SIGTERM, True)]
+    ("number", "torchrun"),
+    [
+        (signal.SIGTERM, False),
+        (signal.SIGINT, False),
+        (signal.SIGUSR1, False),
+        (signal.SIGTERM, True),
+        (signal.SIGINT, True),
+    ],
 )
 def test_a_signal_finishes_the_step_commits_and_exits_0(small_run, uninterrupted, number, torchrun):
+    """Without torchrun the signal comes twice at once; with it the terminal's Ctrl-C reaches torchrun and its worker,
+    and torchrun forwards it: twice as well. torchrun's own exit code is its own affair."""
     expected = uninterrupted(**MANY)
     file = small_run("signalled", **MANY)
     layout = layout_of(file)
     process = start(file, torchrun=torchrun)
     wait_for_step(process, layout, 5)
-    process.send_signal(number)
-    if not torchrun:  # what a terminal's Ctrl-C and torchrun's own forwarding amount to: the same signal twice
-        process.send_signal(number)
+    os.killpg(process.pid, number)
+    if not torchrun:
+        os.killpg(process.pid, number)
     output, _ = process.communicate(timeout=120)
     step = layout.latest_step()
     assert 5 < step < 200, output
+    assert f"{number.name}: finishing the step, then saving" in output
     assert verify_step(layout, step).good
     if not torchrun:
         assert process.returncode == 0, output
@@ -177,3 +189,36 @@ def test_kill_9_at_random_moments_loses_nothing_committed(small_run, uninterrupt
         assert verify_step(layout, latest).good
     assert main(["--config", str(file)]) == 0
     assert_same_run(file, expected)
+
+
+def test_a_run_of_pico_train_goes_on(small_run, uninterrupted):
+    """Rewrite a checkpoint as pico-train's Lightning Fabric would have written it; the rest of the run is the same."""
+    settings = {"evaluation.metrics": []}
+    expected = uninterrupted(**settings)
+    file = small_run("of-pico", **settings)
+    layout = layout_of(file)
+    run_until(file, 4)
+    _, state, _ = latest_good(layout)
+    model = {name: state.tensors[f"model/{name}"] for name in pico_parameter_names(n_layers=2)}
+    moments = {
+        number: {key: state.tensors[f"optimizer/{key}/{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+        for number, name in enumerate(model)
+    }
+    group = {"lr": 0.01, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01, "params": list(range(len(model)))}
+    shutil.rmtree(layout.checkpoints)
+    layout.fabric_state(4).parent.mkdir(parents=True)
+    fabric = {
+        "_model": model,
+        "_optimizer": {"state": moments, "param_groups": [group]},
+        "_lr_scheduler": {"last_epoch": 4},
+        "_checkpoint_step": 4,
+        "_rng_states": {"torch": torch.get_rng_state(), "python": random.getstate()},
+    }
+    torch.save(fabric, layout.fabric_state(4))
+    layout.metrics.unlink()
+    assert main(["--config", str(file)]) == 0
+    losses, tensors = trajectory(layout)
+    assert losses == expected[0][4:]
+    assert layout.steps() == [4, 8]
+    for name, tensor in tensors.items():
+        assert torch.equal(tensor, expected[1][name]), name

@@ -18,6 +18,9 @@ from pico_fast.checkpoint.errors import CheckpointError
 from pico_fast.checkpoint.layout import RunLayout
 from pico_fast.checkpoint.lock import RunLock
 from pico_fast.config_io import load_config
+from pico_fast.data.errors import DataError
+from pico_fast.data.source import TokenRows
+from pico_fast.data.stream import BatchStream
 from pico_fast.interop.huggingface import import_model
 from pico_fast.model.decoder import PicoDecoder
 from pico_fast.monitor import read_metrics
@@ -144,6 +147,26 @@ def test_a_skipped_step_leaves_weights_and_moments_as_they_were(small_run, monke
         assert torch.equal(tensor, after.tensors[name]), name
 
 
+def test_a_finite_loss_with_a_gradient_that_is_not_is_skipped_and_counted(small_run, monkeypatch):
+    calls = iter(range(10**6))
+    original = PicoDecoder.loss
+
+    def loss(self, *arguments, **keywords):
+        value = original(self, *arguments, **keywords)
+        if not torch.is_grad_enabled() or next(calls) // 2 != 3:
+            return value
+        weight = self.output_norm.weight
+        return value + (weight - weight.detach()).sqrt().sum()  # 0, and its derivative is infinite
+
+    monkeypatch.setattr(PicoDecoder, "loss", loss)
+    file = small_run(**{"training.optimization.skip_nonfinite": True})
+    assert main(["--config", str(file)]) == 0
+    layout = layout_of(file)
+    assert events(layout, "train")[-1]["nonfinite_total"] == 1
+    _, state = import_model(layout.step_dir(8))
+    assert all(tensor.isfinite().all() for tensor in state.values())
+
+
 def test_too_many_nonfinite_losses_in_a_row_stop_the_run(small_run, monkeypatch, capsys):
     poison(monkeypatch, {2, 4, 5, 6})
     file = small_run(
@@ -153,6 +176,39 @@ def test_too_many_nonfinite_losses_in_a_row_stop_the_run(small_run, monkeypatch,
     error = capsys.readouterr().err
     assert "3 steps in a row, up to step 6" in error
     assert "step_4" in error
+
+
+def test_an_evaluation_that_cannot_be_written_does_not_end_the_run(small_run, capsys):
+    file = small_run()
+    layout = layout_of(file)
+    layout.root.mkdir(parents=True)
+    layout.eval_results(0).parent.write_text("in the way")
+    assert main(["--config", str(file)]) == 0
+    assert "step_4.json was not written" in capsys.readouterr().out
+    assert [entry["step"] for entry in events(layout, "eval")] == [0, 4, 8]
+
+
+def test_a_data_error_in_the_middle_saves_what_was_trained(small_run, monkeypatch, capsys):
+    original = BatchStream.__next__
+    calls = iter(range(10**6))
+
+    def fail(self):
+        if next(calls) == 6:
+            raise DataError("shard 3, row 7: id 64")
+        return original(self)
+
+    monkeypatch.setattr(BatchStream, "__next__", fail)
+    file = small_run()
+    assert main(["--config", str(file)]) == 2
+    assert "row 7: id 64; step 6 is saved" in capsys.readouterr().err
+    assert layout_of(file).latest_step() == 6
+
+
+def test_the_rows_of_a_remote_dataset_are_not_counted(small_run, monkeypatch, capsys):
+    monkeypatch.setattr(TokenRows, "n_rows_known", property(lambda self: None))
+    monkeypatch.setattr(TokenRows, "n_rows", property(lambda self: pytest.fail("a request for every shard")))
+    assert main(["--config", str(small_run()), "training.max_steps=3"]) == 0
+    assert "passes in the same order" not in capsys.readouterr().out
 
 
 def failing_saves(monkeypatch, steps):
@@ -242,6 +298,29 @@ def test_a_second_run_in_the_same_directory_is_refused(small_run, capsys):
     assert "Traceback" not in code.stderr
 
 
+def test_a_run_directory_that_cannot_be_made_exits_2(small_run, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert main(["--config", str(small_run()), f"checkpointing.runs_dir={tmp_path}/file"]) == 2
+    error = capsys.readouterr().err
+    assert "the run directory must be writable" in error
+    assert f"{tmp_path}/file" in error
+
+
+def test_a_secret_in_the_configuration_is_refused_and_not_repeated(small_run, monkeypatch, capsys):
+    monkeypatch.setenv("HF_TOKEN", "hf_abcdefgh12345678")
+    assert main(["--config", str(small_run()), "data.dataset.name=./hf_abcdefgh12345678"]) == 2
+    error = capsys.readouterr().err
+    assert "the value of HF_TOKEN stands in the configuration" in error
+    assert "hf_abcdefgh12345678" not in error
+
+
+def test_a_resume_on_other_threads_is_said(small_run, capsys):
+    file = small_run()
+    assert main(["--config", str(file), "training.max_steps=4"]) == 0
+    assert main(["--config", str(file), "runtime.threads=2"]) == 0
+    assert "threads was 1, now 2: the run goes on, but not bit for bit" in capsys.readouterr().out
+
+
 def test_no_resume_over_an_existing_run(small_run, capsys):
     file = small_run()
     assert main(["--config", str(file)]) == 0
@@ -274,6 +353,15 @@ def test_dry_run_prints_the_arithmetic_and_writes_nothing(small_run, tmp_path, c
     for part in ("parameters   19,616", "2 micro-batch(es) of 4 rows", "128 tokens per step", "FLOPs", "memory", "GB"):
         assert part in output
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(("size", "parameters"), [("tiny", "11,282,784"), ("small", "64,595,328")])
+def test_dry_run_of_a_published_model_says_its_size_even_without_its_data(capsys, tmp_path, size, parameters):
+    config = f"{os.path.dirname(__file__)}/../../configs/pico-decoder-{size}.yaml"
+    assert main(["--config", config, "--dry-run", f"data.dataset.name={tmp_path}/absent"]) == 2
+    output = capsys.readouterr()
+    assert parameters in output.out
+    assert "absent" in output.err
 
 
 def test_the_initial_weights_follow_the_seed(small_run):
