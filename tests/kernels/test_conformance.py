@@ -26,7 +26,7 @@ def _load(path: Path) -> ModuleType:
     return module
 
 
-BROKEN = _load(HERE / "broken_kernels.py")
+WRONG = _load(HERE / "wrong_kernels.py")
 
 
 def failed(results: list[Result]) -> dict[str, str]:
@@ -78,7 +78,7 @@ EVERY_STRIDE = {f"strides: {layout}" for layout in ("transposed", "heads first",
     ],
 )
 def test_a_wrong_swiglu_fails_the_right_check(name: str, expected: set[str], reason: str) -> None:
-    found = failed(check(getattr(BROKEN, name), "swiglu", dtypes=[torch.float32], quick=True))
+    found = failed(check(getattr(WRONG, name), "swiglu", dtypes=[torch.float32], quick=True))
     assert expected <= set(found)
     assert any(reason in said for said in found.values()), found
     assert all("\n" not in said for said in found.values())
@@ -89,7 +89,7 @@ def test_a_wrong_swiglu_fails_the_right_check(name: str, expected: set[str], rea
 
 
 def test_a_wrong_gradient_does_not_blame_the_other_one() -> None:
-    found = failed(check(BROKEN.wrong_gradient, "swiglu", dtypes=[torch.float32], quick=True))
+    found = failed(check(WRONG.wrong_gradient, "swiglu", dtypes=[torch.float32], quick=True))
     assert "gradient of up, float32" not in found
     assert "same bits in every run" not in found
 
@@ -109,25 +109,25 @@ def test_a_wrong_gradient_does_not_blame_the_other_one() -> None:
     ],
 )
 def test_a_wrong_norm_fails_the_right_check(name: str, dtype: torch.dtype, expected: str, reason: str) -> None:
-    found = failed(check(getattr(BROKEN, name), "rms_norm", dtypes=[dtype]))
+    found = failed(check(getattr(WRONG, name), "rms_norm", dtypes=[dtype]))
     assert reason in found[expected]
     blamed = {check for check in found if not check.startswith(("forward", "gradient"))}
     assert blamed == ({expected} if name == "norm_scaled_by_the_whole" else set())
 
 
 def test_a_wrong_dtype_is_named() -> None:
-    found = failed(check(BROKEN.returns_float32, "swiglu", dtypes=HALF, quick=True))
+    found = failed(check(WRONG.returns_float32, "swiglu", dtypes=HALF, quick=True))
     assert "expected dtype torch.bfloat16, got dtype torch.float32" in found["forward product, bfloat16"]
 
 
 def test_int32_offsets_are_caught() -> None:
-    found = failed(check(BROKEN.offsets_in_int32, "swiglu", dtypes=HALF))
+    found = failed(check(WRONG.offsets_in_int32, "swiglu", dtypes=HALF))
     assert "NaN at (1, 0)" in found["offsets beyond 2^31"]
     assert not [name for name in found if name.startswith(("forward", "gradient", "strides"))]
 
 
 def test_a_backward_that_needs_every_output_used_is_caught() -> None:
-    found = failed(check(BROKEN.needs_both_outputs_used, "add_rms_norm", dtypes=[torch.float32], quick=True))
+    found = failed(check(WRONG.needs_both_outputs_used, "add_rms_norm", dtypes=[torch.float32], quick=True))
     assert "TypeError" in found["only the gradients asked for"]
 
 
@@ -153,7 +153,7 @@ def test_the_command_prints_a_table_and_its_status_tells(
     assert "float16  " not in printed.replace("bfloat16", "")
     assert re.search(r"\n(\d+) of \1 checks passed", printed)
     monkeypatch.syspath_prepend(HERE)
-    assert conformance.main(["broken_kernels:wrong_gradient", "--op", "swiglu", "--quick", "--dtype", "fp32"]) == 1
+    assert conformance.main(["wrong_kernels:wrong_gradient", "--op", "swiglu", "--quick", "--dtype", "fp32"]) == 1
     assert re.search(r"gradient of gate, float32 +FAILED +\S+ +\S+  \S+ at \(", capsys.readouterr().out)
 
 

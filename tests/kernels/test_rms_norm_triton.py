@@ -43,8 +43,21 @@ def outputs_and_grads(call: Callable, inputs: list[torch.Tensor], impl: str) -> 
     return [*outputs, *torch.autograd.grad(outputs, leaves, seeds)]
 
 
+def rounding_slack(x: torch.Tensor, weight: torch.Tensor) -> float:
+    """float32 rounding before a cancellation (the gradient of x vanishes at d = 1) and of a sum over rows.
+
+    Unavoidable, but the reference's own error in one or two columns may be smaller by luck.
+    """
+    rows = x.flatten(0, -2).double()
+    inverse_rms = rows.square().mean(-1).add(1e-6).rsqrt().max()
+    gradient = 5.0  # of standard normal numbers
+    largest = gradient * max(weight.abs().max().item() * inverse_rms.item(), len(rows) ** 0.5)
+    return 4 * torch.finfo(torch.float32).eps * largest
+
+
 def assert_flash_rule(call: Callable, inputs: list[torch.Tensor]) -> None:
     """Error against float64 at most twice the reference's own error in this dtype, plus one output ulp."""
+    slack = rounding_slack(sum(inputs[:-1]), inputs[-1])
     truth = outputs_and_grads(call, [t.double() for t in inputs], "reference")
     plain = outputs_and_grads(call, inputs, "reference")
     ours = outputs_and_grads(call, inputs, "triton")
@@ -52,7 +65,7 @@ def assert_flash_rule(call: Callable, inputs: list[torch.Tensor]) -> None:
         assert got.dtype == base.dtype
         assert got.shape == base.shape
         ulp = torch.finfo(got.dtype).eps * want.abs().max().clamp(min=1e-3)
-        bound = 2 * (base.double() - want).abs().max() + ulp
+        bound = 2 * (base.double() - want).abs().max() + ulp + slack
         assert (got.double() - want).abs().max() <= bound, f"output {index}"
 
 
@@ -112,6 +125,14 @@ def test_rounding_points_in_bfloat16_are_the_twins() -> None:
     assert torch.equal(normed, norm(total, weight))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_weight_gradient_of_a_row_is_the_gradient_times_the_rounded_row(dtype: torch.dtype) -> None:
+    x, grad, weight = rand(1, 96, dtype=dtype), rand(1, 96, dtype=dtype, seed=1), torch.ones(96, device=DEVICE)
+    rounded = norm(x, weight).float()
+    got = torch.autograd.grad(norm(x, weight.requires_grad_()), weight, grad)[0]
+    assert torch.equal(got, grad[0].float() * rounded[0])
+
+
 def test_gradcheck() -> None:
     x, residual, weight = (t.double().requires_grad_() for t in (rand(3, 5), rand(3, 5, seed=1), rand(5, seed=2)))
     assert torch.autograd.gradcheck(norm, (x, weight))
@@ -135,9 +156,12 @@ def layouts(x: torch.Tensor) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("index", range(5))
 def test_any_layout_of_inputs_and_gradients(index: int) -> None:
-    x, residual = (layouts(rand(4, 3, 40, seed=seed))[index].detach().requires_grad_() for seed in (0, 1))
+    def strided_tensor(seed: int) -> torch.Tensor:  # no two tensors of a call share a layout
+        return layouts(rand(4, 3, 40, seed=seed))[(index + seed) % 5].detach()
+
+    x, residual = strided_tensor(0).requires_grad_(), strided_tensor(1).requires_grad_()
     weight = layouts(rand(3, 1, 40, seed=2))[index].detach()[0, 0].requires_grad_()
-    grads = [layouts(rand(4, 3, 40, seed=seed))[index] for seed in (3, 4)]
+    grads = [strided_tensor(3), strided_tensor(4)]
     strided = (x, residual, weight)
     dense = tuple(t.detach().contiguous().requires_grad_() for t in strided)
     got, want = add_norm(*strided), add_norm(*dense)
@@ -282,7 +306,7 @@ def test_traces_as_one_graph_with_the_registered_ops() -> None:
 
 
 def test_opcheck() -> None:
-    x, weight = rand(5, 12), rand(12, seed=1)
+    x, weight = rand(2, 5, 12).transpose(0, 1), rand(12, seed=1)
     ops = torch.ops.pico_kernels
     leaves = [t.clone().requires_grad_() for t in (x, x, weight)]
     torch.library.opcheck(ops.rms_norm.default, (leaves[0], leaves[2], 1e-6))
