@@ -63,8 +63,10 @@ def _config(d: int, itemsize: int, held_columns: int) -> NormConfig:
     if not held:
         steps, block = -(-d // _WIDE_BLOCK), _WIDE_BLOCK
     rows = max(1, _TILE_BYTES // (block * itemsize))
-    # Two float32 tiles in flight spill: 2 registers at d = 96 on sm_100 (Triton 3.9), 8 bytes at 768 on sm_90 (3.6).
-    stages = 2 if held and itemsize == 2 and rows * block * steps * itemsize <= _PIPELINED_BYTES else 1
+    # Two float32 tiles of several rows in flight spill: 2 registers at d = 96 on sm_100 (Triton 3.9), 8 bytes at 768 on
+    # sm_90 (3.6); of one row, d = 1536, it is the other way round on sm_80.
+    fits = held and rows * block * steps * itemsize <= _PIPELINED_BYTES
+    stages = 2 if fits and (itemsize == 2 or rows == 1) else 1
     return NormConfig(rows, block, steps, held, min(16, max(4, rows * block * itemsize // 512)), stages)
 
 
