@@ -10,6 +10,9 @@ import torch
 
 from pico_kernels._triton import interpreting, triton_problem
 
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+"""The dtypes of every op's floating tensors."""
+
 Implementations = Mapping[str, Callable[..., Any]]
 """One op's implementations: name to callable, every callable with the op's signature."""
 
@@ -49,9 +52,10 @@ def require_shape(op: str, argument: str, tensor: torch.Tensor, expected: tuple[
 
 
 def require_floating(op: str, **tensors: torch.Tensor) -> None:
-    """Raise ValueError unless every tensor is floating point."""
+    """Raise ValueError unless every tensor has one of :data:`KERNEL_DTYPES`."""
     for name, tensor in tensors.items():
-        require(tensor.is_floating_point(), op, name, "a floating dtype", tensor.dtype)
+        expected = "float32, bfloat16, float16 or float64"
+        require(tensor.dtype in KERNEL_DTYPES, op, name, expected, tensor.dtype)
 
 
 def require_same(op: str, what: str, **tensors: torch.Tensor) -> None:

@@ -143,7 +143,7 @@ def rms_norm_forward(  # type: ignore[no-untyped-def]
     HELD: tl.constexpr,
 ):
     wide: tl.constexpr = rstd_ptr.dtype.element_ty
-    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = (row < rows)[:, None]
     x_row, residual_row, out_row = row[:, None] * x_stride, row[:, None] * residual_stride, row[:, None] * D
     columns = tl.arange(0, BLOCK)
@@ -228,8 +228,8 @@ def rms_norm_backward(  # type: ignore[no-untyped-def]
     for _ in tl.static_range(STEPS):
         sums = sums + (tl.zeros((ROWS, BLOCK), wide),)  # type: ignore[assignment]  # noqa: RUF005
     # With two stages the next tile's loads are in flight while this one is computed (asynchronous copies).
-    for tile in tl.range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0), num_stages=STAGES):
-        row = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    for tile in tl.range(tl.program_id(0), (rows - 1) // ROWS + 1, tl.num_programs(0), num_stages=STAGES):
+        row = tile * ROWS + tl.arange(0, ROWS).to(tl.int64)
         rstd = tl.load(rstd_ptr + row, mask=row < rows, other=0.0)[:, None]
         inside = (row < rows)[:, None]
         row = row[:, None]

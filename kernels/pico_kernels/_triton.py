@@ -17,9 +17,6 @@ import torch
 COMPILE_OPTIONS: Mapping[str, Any] = MappingProxyType({"enable_fp_fusion": True})
 """Options of every launch and every ahead-of-time compile. Pinned: Triton 3.10 turns FP fusion off by default."""
 
-KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-"""Dtypes the kernels load and store; statistics and products are float32, or float64 where an input is."""
-
 
 def interpreting() -> bool:
     """Whether ``TRITON_INTERPRET=1``: kernels run in Triton's interpreter, on any device, some 1000 times slower."""
@@ -39,11 +36,11 @@ def triton_problem(device_type: str = "cuda") -> str | None:
             return f"{needs}; PyTorch finds no GPU"
     try:
         import triton.language
-    except ImportError as error:
-        return f"Triton cannot be imported: {error}"
+    except Exception as error:  # a broken installation raises anything; `auto` then means torch
+        return f"Triton cannot be imported: {type(error).__name__}: {error}"
     # Triton's own functions (tl.sum) are compiled or interpreted from the moment Triton is imported.
-    if interpreting() and type(triton.language.sum).__name__ != "InterpretedFunction":
-        return "TRITON_INTERPRET=1 was set after Triton had been imported"
+    if interpreting() != (type(triton.language.sum).__name__ == "InterpretedFunction"):
+        return f"TRITON_INTERPRET was {'set' if interpreting() else 'unset'} after Triton had been imported"
     return None
 
 
@@ -142,5 +139,5 @@ class AotCase:
 
 
 def triton_name(dtype: torch.dtype) -> str:
-    """Triton's short name of a dtype of :data:`KERNEL_DTYPES`."""
+    """Triton's short name of a dtype of :data:`pico_kernels._dispatch.KERNEL_DTYPES`."""
     return {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}[dtype]

@@ -88,7 +88,7 @@ def _guarded(name: str, run_check: Callable[[Subject], Iterator[Finding]], subje
         yield from run_check(subject)
     except Violation as violation:
         yield Finding(name, math.nan, math.nan, f"{violation} [{subject.dtype_name}]")
-    except Exception as error:  # what is being checked may raise anything
+    except (Exception, SystemExit) as error:  # what is being checked may raise anything
         first_line = (str(error).strip().splitlines() or [""])[0]
         yield Finding(name, math.nan, math.nan, f"{type(error).__name__}: {first_line} [{subject.dtype_name}]")
 
@@ -138,6 +138,8 @@ def _parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, Callabl
             parser.error(f"--dtype: expected some of {', '.join(DTYPES)}, got {name!r}{near_miss(name, DTYPES)}")
     try:
         device = torch.device(options.device)
+        if device.type == "meta":
+            raise ValueError("--device: 'meta' holds no numbers to compare")
         torch.empty(0, device=device)
         fn = _target(options.target, options.op, device.type)
     except ValueError as error:

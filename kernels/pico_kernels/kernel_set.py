@@ -34,7 +34,7 @@ def import_callable(path: str) -> Callable[..., Any]:
         found: Any = importlib.import_module(module_name)
         for attribute in function_name.split("."):
             found = getattr(found, attribute)
-    except Exception as error:  # importing a user's module may raise anything
+    except (Exception, SystemExit) as error:  # importing a user's module may raise anything
         raise ValueError(f"cannot import {path!r}: {type(error).__name__}: {error}") from error
     if not callable(found):
         raise ValueError(f"{path!r} is not callable but {type(found).__name__}")

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from pico_kernels._dispatch import compute_dtype, require
+from pico_kernels._dispatch import KERNEL_DTYPES, compute_dtype, require
 from pico_kernels._rms_norm_kernels import (
     backward_config,
     forward_config,
@@ -26,7 +26,6 @@ from pico_kernels._rms_norm_kernels import (
 )
 from pico_kernels._triton import (
     COMPILE_OPTIONS,
-    KERNEL_DTYPES,
     AotCase,
     PicoShape,
     as_rows,

@@ -20,10 +20,9 @@ import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
-from pico_kernels._dispatch import require
+from pico_kernels._dispatch import KERNEL_DTYPES, require
 from pico_kernels._triton import (
     COMPILE_OPTIONS,
-    KERNEL_DTYPES,
     AotCase,
     PicoShape,
     on_device,
