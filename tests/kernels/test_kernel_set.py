@@ -121,11 +121,11 @@ def test_importing_is_cheap_and_never_pulls_in_the_trainer() -> None:
 def test_an_unusual_dtype_is_named_whatever_the_implementation(impl):
     x, narrow = torch.ones(2, 4), torch.ones(4).to(torch.float8_e4m3fn)
     with pytest.raises(ValueError, match=r"rms_norm: weight: expected float32, bfloat16, float16 or float64"):
-        pico_kernels.rms_norm(x, narrow, impl=impl)
+        pk.rms_norm(x, narrow, impl=impl)
 
 
 def test_a_module_that_exits_when_imported_is_an_error(tmp_path, monkeypatch):
     (tmp_path / "leaves.py").write_text("def swiglu(gate, up): ...\nimport sys; sys.exit(0)\n")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ValueError, match=r"leaves:swiglu.*SystemExit"):
-        KernelSet.from_config({"swiglu": "leaves:swiglu"})
+        pk.KernelSet.from_config({"swiglu": "leaves:swiglu"})
