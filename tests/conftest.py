@@ -2,6 +2,7 @@
 
 import pico_fast  # noqa: F401, I001 (first: it sets what OpenMP reads when torch is imported)
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
+
+# Triton decides when it is imported whether its functions are interpreted, and test modules import it at collection
+# (tests/interop, through transformers): before tests/kernels/conftest.py would be asked. A subprocess that needs the
+# real compiler (the ahead-of-time suite) drops the variable.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(scope="session")

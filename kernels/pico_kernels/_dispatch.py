@@ -8,6 +8,11 @@ from typing import Any
 
 import torch
 
+from pico_kernels._triton import interpreting, triton_problem
+
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+"""The dtypes of every op's floating tensors."""
+
 Implementations = Mapping[str, Callable[..., Any]]
 """One op's implementations: name to callable, every callable with the op's signature."""
 
@@ -21,13 +26,17 @@ def near_miss(name: str, known: Iterable[str]) -> str:
 def resolve(op: str, table: Implementations, name: str, device_type: str) -> Callable[..., Any]:
     """The implementation called ``name``; ``auto`` is ``triton`` on a GPU where the op has it, else ``torch``.
 
-    Raises ValueError, listing what the op has, for any other name.
+    Raises ValueError, listing what the op has, for any other name, and for ``triton`` where it cannot run, saying why.
     """
     if name == "auto":
-        name = "triton" if device_type == "cuda" and "triton" in table else "torch"
+        fast = device_type == "cuda" and "triton" in table and not interpreting() and triton_problem() is None
+        name = "triton" if fast else "torch"
     if name not in table:
         known = ["auto", *table]
         raise ValueError(f"{op}: no implementation {name!r}; it has {', '.join(known)}{near_miss(name, known)}")
+    problem = triton_problem(device_type) if name == "triton" else None
+    if problem:
+        raise ValueError(f"{op}: implementation 'triton' cannot run: {problem}")
     return table[name]
 
 
@@ -43,9 +52,10 @@ def require_shape(op: str, argument: str, tensor: torch.Tensor, expected: tuple[
 
 
 def require_floating(op: str, **tensors: torch.Tensor) -> None:
-    """Raise ValueError unless every tensor is floating point."""
+    """Raise ValueError unless every tensor has one of :data:`KERNEL_DTYPES`."""
     for name, tensor in tensors.items():
-        require(tensor.is_floating_point(), op, name, "a floating dtype", tensor.dtype)
+        expected = "float32, bfloat16, float16 or float64"
+        require(tensor.dtype in KERNEL_DTYPES, op, name, expected, tensor.dtype)
 
 
 def require_same(op: str, what: str, **tensors: torch.Tensor) -> None:

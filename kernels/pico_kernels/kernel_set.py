@@ -27,14 +27,14 @@ OPS: Mapping[str, Implementations] = {
 """Every op and its implementations by name."""
 
 
-def _import(path: str) -> Callable[..., Any]:
+def import_callable(path: str) -> Callable[..., Any]:
     """The callable at ``package.module:function``; ValueError if there is none."""
     module_name, _, function_name = path.partition(":")
     try:
         found: Any = importlib.import_module(module_name)
         for attribute in function_name.split("."):
             found = getattr(found, attribute)
-    except Exception as error:  # importing a user's module may raise anything
+    except (Exception, SystemExit) as error:  # importing a user's module may raise anything
         raise ValueError(f"cannot import {path!r}: {type(error).__name__}: {error}") from error
     if not callable(found):
         raise ValueError(f"{path!r} is not callable but {type(found).__name__}")
@@ -81,7 +81,7 @@ class KernelSet:
         for op, table in OPS.items():
             name = requested.get(op) or default
             try:
-                chosen[op] = _import(name) if ":" in name else resolve(op, table, name, device_type)
+                chosen[op] = import_callable(name) if ":" in name else resolve(op, table, name, device_type)
             except ValueError as error:
                 message = str(error)
                 problems.append(message if message.startswith(f"{op}:") else f"{op}: {message}")

@@ -89,8 +89,32 @@ def add_rms_norm_torch(
     return _RMSNorm.apply(total, weight, eps), total
 
 
-RMS_NORM: Implementations = {"reference": rms_norm_reference, "torch": rms_norm_torch}
-ADD_RMS_NORM: Implementations = {"reference": add_rms_norm_reference, "torch": add_rms_norm_torch}
+def rms_norm_triton(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
+    """:func:`rms_norm` on Triton, which is imported by the first call."""
+    from pico_kernels.rms_norm_triton import rms_norm as implementation
+
+    return implementation(x, weight, eps)
+
+
+def add_rms_norm_triton(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`add_rms_norm` on Triton, which is imported by the first call."""
+    from pico_kernels.rms_norm_triton import add_rms_norm as implementation
+
+    return implementation(x, residual, weight, eps)
+
+
+RMS_NORM: Implementations = {
+    "reference": rms_norm_reference,
+    "torch": rms_norm_torch,
+    "triton": rms_norm_triton,
+}
+ADD_RMS_NORM: Implementations = {
+    "reference": add_rms_norm_reference,
+    "torch": add_rms_norm_torch,
+    "triton": add_rms_norm_triton,
+}
 
 
 def _check(op: str, x: torch.Tensor, weight: torch.Tensor) -> None:
@@ -107,7 +131,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6, *, impl: 
         x: (..., d), any floating dtype, any strides.
         weight: (d,), any floating dtype.
         eps: added to the mean square.
-        impl: ``auto``, ``reference`` or ``torch``.
+        impl: ``auto``, ``reference``, ``torch`` or ``triton``.
 
     Returns a tensor like ``x``; differentiable in ``x`` and ``weight``. Raises ValueError for wrong arguments.
     """
@@ -126,7 +150,7 @@ def add_rms_norm(
         residual: shape, dtype and device of ``x``.
         weight: (d,), any floating dtype.
         eps: added to the mean square.
-        impl: ``auto``, ``reference`` or ``torch``.
+        impl: ``auto``, ``reference``, ``torch`` or ``triton``.
 
     Differentiable in ``x``, ``residual`` and ``weight``. Raises ValueError for wrong arguments.
     """

@@ -107,7 +107,16 @@ def rope_torch(
     return _Rope.apply(q, k, cos[: q.shape[1]], sin[: q.shape[1]], style)
 
 
-ROPE: Implementations = {"reference": rope_reference, "torch": rope_torch}
+def rope_triton(
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, style: str = "interleaved"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`rope` as one Triton kernel; Triton is imported by the first call."""
+    from pico_kernels import rope_triton as kernels
+
+    return kernels.rope(q, k, cos, sin, style=style)
+
+
+ROPE: Implementations = {"reference": rope_reference, "torch": rope_torch, "triton": rope_triton}
 
 
 def rope(
@@ -127,7 +136,7 @@ def rope(
         cos: (at least S, D / 2) float32; row s is the position of token s, further rows are not read.
         sin: as ``cos``. Both are constants: no gradient.
         style: ``interleaved`` or ``half``, see the module.
-        impl: ``auto``, ``reference`` or ``torch``.
+        impl: ``auto``, ``reference``, ``torch`` or ``triton``.
 
     Returns ``(q, k)`` rotated; differentiable in both. Raises ValueError for wrong arguments.
     """

@@ -42,7 +42,14 @@ def swiglu_torch(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     return _SwiGLU.apply(gate, up)
 
 
-SWIGLU: Implementations = {"reference": swiglu_reference, "torch": swiglu_torch}
+def swiglu_triton(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """:func:`swiglu` as one Triton kernel; Triton is imported by the first call."""
+    from pico_kernels import swiglu_triton as kernels
+
+    return kernels.swiglu(gate, up)
+
+
+SWIGLU: Implementations = {"reference": swiglu_reference, "torch": swiglu_torch, "triton": swiglu_triton}
 
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor, *, impl: str = "auto") -> torch.Tensor:
@@ -51,7 +58,7 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor, *, impl: str = "auto") -> torch
     Args:
         gate: (..., h), any floating dtype, any strides.
         up: shape, dtype and device of ``gate``.
-        impl: ``auto``, ``reference`` or ``torch``.
+        impl: ``auto``, ``reference``, ``torch`` or ``triton``.
 
     Returns a tensor like ``gate``; differentiable in both. Raises ValueError for wrong arguments.
     """

@@ -58,7 +58,7 @@ def test_every_problem_is_listed_at_once(tmp_path: Path, monkeypatch: pytest.Mon
     for part in (
         "no op 'rmsnorm'; there are default, rms_norm,",
         "did you mean 'rms_norm'?",
-        "swiglu: no implementation 'refrence'; it has auto, reference, torch, did you mean 'reference'?",
+        "swiglu: no implementation 'refrence'; it has auto, reference, torch, triton, did you mean 'reference'?",
         "rope: cannot import 'no_such_package.ops:rope': ModuleNotFoundError",
         "attention: 'math:pi' is not callable but float",
         "rms_norm: cannot import 'broken_kernels:norm': RuntimeError: no such device",
@@ -115,3 +115,17 @@ def test_importing_is_cheap_and_never_pulls_in_the_trainer() -> None:
         assert trainer == "False"
         best = min(best, float(seconds))
     assert best <= 0.3
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+def test_an_unusual_dtype_is_named_whatever_the_implementation(impl):
+    x, narrow = torch.ones(2, 4), torch.ones(4).to(torch.float8_e4m3fn)
+    with pytest.raises(ValueError, match=r"rms_norm: weight: expected float32, bfloat16, float16 or float64"):
+        pk.rms_norm(x, narrow, impl=impl)
+
+
+def test_a_module_that_exits_when_imported_is_an_error(tmp_path, monkeypatch):
+    (tmp_path / "leaves.py").write_text("def swiglu(gate, up): ...\nimport sys; sys.exit(0)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match=r"leaves:swiglu.*SystemExit"):
+        pk.KernelSet.from_config({"swiglu": "leaves:swiglu"})
