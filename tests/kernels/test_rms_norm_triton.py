@@ -365,4 +365,4 @@ def test_triton_is_imported_late_and_may_be_missing() -> None:
     )
     environment.pop("TRITON_INTERPRET")
     done = subprocess.run([sys.executable, "-c", late], capture_output=True, text=True, check=True, env=environment)
-    assert "TRITON_INTERPRET=1 was set after Triton had been imported" in done.stdout
+    assert "TRITON_INTERPRET was set after Triton had been imported" in done.stdout
