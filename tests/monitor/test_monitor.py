@@ -291,5 +291,7 @@ def test_metrics_file_is_strict_json_throughout(tmp_path: Path, open_monitor: Op
     def refuse(constant: str) -> None:
         raise AssertionError(constant)
 
-    for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
-        json.loads(line, parse_constant=refuse)
+    entries = [
+        json.loads(line, parse_constant=refuse) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert {"train", "eval"} <= {entry["event"] for entry in entries}
