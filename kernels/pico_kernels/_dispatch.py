@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from pico_kernels._flash_packages import flash_attn_problem
 from pico_kernels._triton import interpreting, triton_problem
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -23,20 +24,32 @@ def near_miss(name: str, known: Iterable[str]) -> str:
     return f", did you mean {matches[0]!r}?" if matches else ""
 
 
-def resolve(op: str, table: Implementations, name: str, device_type: str) -> Callable[..., Any]:
-    """The implementation called ``name``; ``auto`` is ``triton`` on a GPU where the op has it, else ``torch``.
+def triton_is_fast() -> bool:
+    """Whether Triton compiles for a GPU here; its interpreter runs only where it is asked for by name."""
+    return not interpreting() and triton_problem() is None
 
-    Raises ValueError, listing what the op has, for any other name, and for ``triton`` where it cannot run, saying why.
+
+_PROBLEMS: Mapping[str, Callable[[str], str | None]] = {"triton": triton_problem, "flash_attn": flash_attn_problem}
+"""Why an implementation cannot run on a type of device; None where it can. Those not named here always can."""
+
+
+def resolve(op: str, table: Implementations, name: str, device_type: str) -> Callable[..., Any]:
+    """The implementation called ``name``.
+
+    ``auto`` is ``torch`` on a CPU. On a GPU it is the op's own entry ``auto``, which chooses at each call, else
+    ``triton`` where that can run, else ``torch``. Raises ValueError, listing what the op has, for any other name, and
+    for ``triton`` and ``flash_attn`` where they cannot run, saying why.
     """
+    if name == "auto" and device_type == "cuda" and "auto" in table:
+        return table["auto"]
     if name == "auto":
-        fast = device_type == "cuda" and "triton" in table and not interpreting() and triton_problem() is None
-        name = "triton" if fast else "torch"
+        name = "triton" if device_type == "cuda" and "triton" in table and triton_is_fast() else "torch"
     if name not in table:
-        known = ["auto", *table]
+        known = list(dict.fromkeys(["auto", *table]))
         raise ValueError(f"{op}: no implementation {name!r}; it has {', '.join(known)}{near_miss(name, known)}")
-    problem = triton_problem(device_type) if name == "triton" else None
+    problem = _PROBLEMS[name](device_type) if name in _PROBLEMS else None
     if problem:
-        raise ValueError(f"{op}: implementation 'triton' cannot run: {problem}")
+        raise ValueError(f"{op}: implementation {name!r} cannot run: {problem}")
     return table[name]
 
 

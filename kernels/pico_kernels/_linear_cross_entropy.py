@@ -1,14 +1,16 @@
 """The chunked passes behind ``linear_cross_entropy``.
 
 A *chunk* of token rows has its logits in one reused buffer of the input dtype, large enough for efficient products. Its
-softmax runs over *blocks* of a few rows in float32 that fit a CPU cache, writing the gradient of the logits over the
-logits. For a scalar loss both gradients are computed in the forward (three products and one exponential in all),
-and the backward only scales them; per-token losses need their incoming gradient first, so their backward computes the
-logits again. Measured against the alternatives in docs/performance.md.
+softmax writes the gradient of the logits over the logits: a Triton kernel, or ATen over *blocks* of a few rows in
+float32 that fit a CPU cache. For a scalar loss both gradients are computed in the forward (three products and one
+exponential in all), and the backward only scales them; per-token losses need their incoming gradient first, so their
+backward computes the logits again. Measured against the alternatives in docs/performance.md.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +20,10 @@ from pico_kernels._dispatch import compute_dtype
 
 _CPU_CHUNK_BYTES = 50 << 20  # logits of 512 tokens at V = 50304 in bfloat16
 _CPU_BLOCK_BYTES = 6 << 20  # two float32 blocks beside one another in a last-level cache of 32 MiB
-_DEVICE_CHUNK_BYTES = 256 << 20
+_DEVICE_CHUNK_BYTES = 256 << 20  # 2668 tokens at V = 50304: the weight's gradient is read and written per chunk
+_DEVICE_CHUNKS = 4  # at least, so that a few thousand tokens do not have all their logits in memory
+_DEVICE_MIN_ROWS = 1024  # but no fewer: at 620, reading and writing that gradient would take as long as its product
+_DEVICE_TILE = 128  # rows of a tile of the products
 
 
 class _Sizes(NamedTuple):
@@ -28,28 +33,53 @@ class _Sizes(NamedTuple):
     block: int
 
 
+def _spread(tokens: int, most: int) -> int:
+    """Rows of a chunk, at most ``most``, so that the chunks are about equal."""
+    chunks = -(-tokens // most)
+    return -(-tokens // max(1, chunks))
+
+
+def _device_rows(tokens: int, row_bytes: int) -> int:
+    """Rows of a chunk on a GPU: whole tiles of its products, where the budget has room for one."""
+    fitting = max(1, _DEVICE_CHUNK_BYTES // row_bytes)
+    if fitting < _DEVICE_TILE:
+        return _spread(tokens, fitting)
+    share = max(_DEVICE_MIN_ROWS, -(-tokens // _DEVICE_CHUNKS))
+    rows = _spread(tokens, min(fitting - fitting % _DEVICE_TILE, share))
+    return min(tokens, -(-rows // _DEVICE_TILE) * _DEVICE_TILE)
+
+
 def _sizes(hidden: torch.Tensor, vocab_size: int) -> _Sizes:
     """Rows from a byte budget, spread evenly over the chunks; blocks only help where there is a CPU cache."""
     tokens = hidden.shape[0]
-    on_cpu = hidden.device.type == "cpu"
-    budget = _CPU_CHUNK_BYTES if on_cpu else _DEVICE_CHUNK_BYTES
-    fitting = max(1, budget // (vocab_size * hidden.element_size()))
-    chunks = -(-tokens // fitting)
-    chunk = -(-tokens // max(1, chunks))
-    if not on_cpu or torch.compiler.is_compiling():
+    row_bytes = vocab_size * hidden.element_size()
+    if hidden.device.type != "cpu":
+        chunk = _device_rows(tokens, row_bytes)
+        return _Sizes(chunk, chunk)
+    chunk = _spread(tokens, max(1, _CPU_CHUNK_BYTES // row_bytes))
+    if torch.compiler.is_compiling():
         return _Sizes(chunk, chunk)
     wide_bytes = compute_dtype(hidden.dtype).itemsize
     return _Sizes(chunk, min(chunk, max(1, _CPU_BLOCK_BYTES // (vocab_size * wide_bytes))))
 
 
-class _Result(NamedTuple):
+class Result(NamedTuple):
+    """What a run over all chunks computes."""
+
     losses: torch.Tensor
     grad_hidden: torch.Tensor | None
     grad_weight: torch.Tensor | None
 
 
-class _BlockSoftmax:
-    """Losses of blocks of rows and, over their logits, the gradients; scratch memory is reused."""
+SoftmaxPass = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
+"""``(logits (n, V), targets (n,), token_grad (n,) or None)`` to losses (n,) in the computing dtype.
+
+With ``token_grad`` the logits become the gradient of the losses' sum weighted by it.
+"""
+
+
+class BlockSoftmax:
+    """A :data:`SoftmaxPass` on ATen for at most ``rows`` rows like those of ``logits``; scratch memory is reused."""
 
     def __init__(self, logits: torch.Tensor, rows: int, z_loss: float) -> None:
         wide = compute_dtype(logits.dtype)
@@ -59,7 +89,6 @@ class _BlockSoftmax:
         self._z_loss = z_loss
 
     def __call__(self, logits: torch.Tensor, targets: torch.Tensor, token_grad: torch.Tensor | None) -> torch.Tensor:
-        """Losses of the rows (n, V). With ``token_grad`` (n,), ``logits`` becomes the gradient of the weighted sum."""
         rows = logits.shape[0]
         wide = logits if self._logits is None else self._logits[:rows].copy_(logits)
         index = targets[:, None]
@@ -74,7 +103,54 @@ class _BlockSoftmax:
         return lse - target_logit + self._z_loss * lse.square()
 
 
-def _run(
+@cache
+def _addmm_widens(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether this GPU and PyTorch add a product of ``dtype`` to a float32 matrix in one call; asked by one call."""
+    factor = torch.zeros(16, 16, device=device, dtype=dtype)
+    total = torch.zeros(16, 16, device=device)
+    try:
+        torch.addmm(total, factor, factor, out_dtype=torch.float32, beta=0, out=total)
+    except (RuntimeError, TypeError):
+        return False
+    return True
+
+
+class _WeightGradient:
+    """The sum of the chunks' products in the computing dtype.
+
+    A product of that dtype accumulates on its own. So does a narrower one where the GPU's library writes float32: 8
+    bytes a weight and chunk in place of the 12 of a product rounded to the narrow dtype and then added.
+    """
+
+    def __init__(self, hidden: torch.Tensor, weight: torch.Tensor) -> None:
+        self.total = hidden.new_empty(weight.shape, dtype=compute_dtype(hidden.dtype))
+        self._begun = False
+        self._in_place = hidden.dtype == self.total.dtype
+        self._widens = (
+            hidden.is_cuda
+            and not self._in_place
+            and not torch.compiler.is_compiling()
+            and _addmm_widens(hidden.device, hidden.dtype)
+        )
+        self._partial = None if self._in_place or self._widens else hidden.new_empty(weight.shape)
+
+    def add(self, grad_logits: torch.Tensor, hidden: torch.Tensor) -> None:
+        """Add the products of the chunk's tokens; the first are written, which saves zeros and reading them."""
+        beta = int(self._begun)
+        self._begun = True
+        if self._in_place:
+            self.total.addmm_(grad_logits.t(), hidden, beta=beta)
+        elif self._widens:
+            torch.addmm(self.total, grad_logits.t(), hidden, out_dtype=torch.float32, beta=beta, out=self.total)
+        else:
+            partial = torch.mm(grad_logits.t(), hidden, out=self._partial)
+            if beta:
+                self.total.add_(partial)
+            else:
+                self.total.copy_(partial)
+
+
+def run_chunks(
     hidden: torch.Tensor,
     weight: torch.Tensor,
     targets: torch.Tensor,
@@ -82,24 +158,27 @@ def _run(
     token_grad: torch.Tensor | None,
     need_hidden: bool,
     need_weight: bool,
-) -> _Result:
+    softmax_pass: Callable[[torch.Tensor, int, float], SoftmaxPass] = BlockSoftmax,
+) -> Result:
     """Per-token losses (N,), and the gradients of ``sum(token_grad * losses)`` that are asked for.
 
-    ``grad_weight`` is in the computing dtype, ``grad_hidden`` in that of ``hidden``.
+    ``softmax_pass(buffer, rows, z_loss)`` makes the pass over ``rows`` rows of logits like ``buffer``. ``grad_weight``
+    is in the computing dtype, ``grad_hidden`` in that of ``hidden``.
     """
     tokens, vocab_size = hidden.shape[0], weight.shape[0]
     wide = compute_dtype(hidden.dtype)
     losses = hidden.new_empty(tokens, dtype=wide)
     grad_hidden = hidden.new_empty(hidden.shape) if need_hidden else None
-    grad_weight = hidden.new_zeros(weight.shape, dtype=wide) if need_weight else None
+    grad_weight = _WeightGradient(hidden, weight) if need_weight else None
+    result = Result(losses, grad_hidden, None if grad_weight is None else grad_weight.total)
     if tokens == 0:
-        return _Result(losses, grad_hidden, grad_weight)
+        if grad_weight is not None:
+            grad_weight.total.zero_()
+        return result
     head = weight.to(hidden.dtype)
     sizes = _sizes(hidden, vocab_size)
     buffer = hidden.new_empty(sizes.chunk, vocab_size)
-    # A float32 product accumulates on its own; a narrower one is rounded per chunk and added in float32.
-    partial = hidden.new_empty(weight.shape) if need_weight and hidden.dtype != wide else None
-    softmax = _BlockSoftmax(buffer, sizes.block, z_loss)
+    softmax = softmax_pass(buffer, sizes.block, z_loss)
     for start in range(0, tokens, sizes.chunk):
         rows = slice(start, min(start + sizes.chunk, tokens))
         part = hidden[rows]
@@ -112,11 +191,32 @@ def _run(
         if grad_hidden is not None:
             torch.mm(logits, head, out=grad_hidden[rows])
         if grad_weight is not None:
-            if partial is None:
-                grad_weight.addmm_(logits.t(), part)
-            else:
-                grad_weight.add_(torch.mm(logits.t(), part, out=partial))
-    return _Result(losses, grad_hidden, grad_weight)
+            grad_weight.add(logits, part)
+    return result
+
+
+Run = Callable[..., Result]
+"""``run_chunks`` or its like, with some softmax pass."""
+
+
+def scaled(x: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """``x`` (n, d) times a factor, 0-d or (n,), in the wider dtype of the two, rounded once to ``dtype``.
+
+    The factor gets the dimensions of ``x``: CUDA kernels round a 0-d tensor to the dtype of ``x`` first, which makes
+    1 / count wrong by up to 0.4 % in bfloat16. A CUDA kernel also converts while it reads and writes, without a copy.
+    """
+    return torch.mul(x, factor.reshape(-1, 1), out=torch.empty_like(x, dtype=dtype))
+
+
+def normalised(token_grad: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Incoming gradients (N,) relative to the largest finite one, and that one, 0-d; as they are unless for float16.
+
+    Gradients of logits in float16 would not hold those of a mean, p / N: its smallest number is 6e-8.
+    """
+    if dtype != torch.float16 or token_grad.numel() == 0:
+        return token_grad, None
+    largest = token_grad.abs().nan_to_num(0.0, 0.0).amax().clamp_min(torch.finfo(torch.float32).tiny)
+    return token_grad / largest, largest
 
 
 class FusedLoss(torch.autograd.Function):
@@ -131,11 +231,12 @@ class FusedLoss(torch.autograd.Function):
         counted: torch.Tensor,
         z_loss: float,
         grad_enabled: bool,
+        run: Run,
     ) -> torch.Tensor:
         need_hidden, need_weight = (grad_enabled and needed for needed in ctx.needs_input_grad[:2])
         mask = counted.to(compute_dtype(hidden.dtype))
         token_grad = mask if need_hidden or need_weight else None
-        result = _run(hidden, weight, targets, z_loss, token_grad, need_hidden, need_weight)
+        result = run(hidden, weight, targets, z_loss, token_grad, need_hidden, need_weight)
         ctx.save_for_backward(result.grad_hidden, result.grad_weight)
         ctx.weight_dtype = weight.dtype
         return torch.where(counted, result.losses, 0).sum()
@@ -145,12 +246,9 @@ class FusedLoss(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
         return (
-            None if grad_hidden is None else (grad_hidden * grad).to(grad_hidden.dtype),
-            None if grad_weight is None else (grad_weight * grad).to(ctx.weight_dtype),
-            None,
-            None,
-            None,
-            None,
+            None if grad_hidden is None else scaled(grad_hidden, grad, grad_hidden.dtype),
+            None if grad_weight is None else scaled(grad_weight, grad, ctx.weight_dtype),
+            *(None,) * 5,
         )
 
 
@@ -165,16 +263,23 @@ class TokenLosses(torch.autograd.Function):
         targets: torch.Tensor,
         counted: torch.Tensor,
         z_loss: float,
+        run: Run,
     ) -> torch.Tensor:
         ctx.save_for_backward(hidden, weight, targets, counted)
         ctx.z_loss = z_loss
-        losses = _run(hidden, weight, targets, z_loss, None, False, False).losses
+        ctx.run = run
+        losses = run(hidden, weight, targets, z_loss, None, False, False).losses
         return torch.where(counted, losses, 0)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         hidden, weight, targets, counted = ctx.saved_tensors
-        result = _run(hidden, weight, targets, ctx.z_loss, torch.where(counted, grad, 0), *ctx.needs_input_grad[:2])
-        grad_weight = None if result.grad_weight is None else result.grad_weight.to(weight.dtype)
-        return result.grad_hidden, grad_weight, None, None, None
+        token_grad, largest = normalised(torch.where(counted, grad, 0), hidden.dtype)
+        result = ctx.run(hidden, weight, targets, ctx.z_loss, token_grad, *ctx.needs_input_grad[:2])
+        grad_hidden, grad_weight = result.grad_hidden, result.grad_weight
+        if grad_hidden is not None and largest is not None:
+            grad_hidden = scaled(grad_hidden, largest, hidden.dtype)
+        if grad_weight is not None:
+            grad_weight = (grad_weight if largest is None else grad_weight.mul_(largest)).to(weight.dtype)
+        return grad_hidden, grad_weight, *(None,) * 4

@@ -62,7 +62,7 @@ def check(
         op: a name in :data:`pico_kernels.OPS`.
         device: where the tensors are.
         dtypes: of the inputs; float32, bfloat16 and float16.
-        quick: fewer sizes, no allocation of 2^32 elements.
+        quick: fewer sizes, no large tensors.
 
     Returns one result per row of the table, failures included. Raises ValueError for an unknown op or no dtype.
     """
@@ -128,7 +128,7 @@ def _parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, Callabl
     parser.add_argument("--op", required=True, help=", ".join(SPECS))
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     parser.add_argument("--dtype", default=",".join(DTYPES), help=f"comma-separated (default: {','.join(DTYPES)})")
-    parser.add_argument("--quick", action="store_true", help="fewer sizes, no allocation of 2^32 elements")
+    parser.add_argument("--quick", action="store_true", help="fewer sizes, no large tensors")
     options = parser.parse_args(arguments)
     if options.op not in SPECS:
         parser.error(f"--op: expected one of {', '.join(SPECS)}, got {options.op!r}{near_miss(options.op, SPECS)}")

@@ -56,6 +56,8 @@ class OpSpec:
         empty: calls with zero rows.
         row_argument: the argument of which one row is set to NaN; the NaN must stay in that row.
         slack: absolute error allowed beyond the rule, of (case, output or gradient name, largest true value).
+        large: a call whose largest intermediate, in a plain implementation, is too large for memory in earnest.
+        forbidden: what that intermediate is, and its elements in a case: no tensor may have as many.
     """
 
     outputs: tuple[str, ...]
@@ -65,6 +67,8 @@ class OpSpec:
     empty: CaseMaker
     row_argument: str
     slack: Callable[[Case, str, float], float] = lambda case, name, largest: 0.0
+    large: Callable[[torch.dtype, torch.device], Case] | None = None
+    forbidden: tuple[str, Callable[[Case], int]] = ("", lambda case: 0)
 
 
 def draw(
@@ -87,6 +91,15 @@ _ATTENTION_SIZES: list[tuple[int, int, int, int, int, int, bool, float | None]] 
     (1, 9, 30, 2, 1, 64, True, 0.3),
     (2, 13, 21, 3, 3, 20, False, None),
 ]
+# Only on a GPU: the other widths a kernel pads or tiles for, ragged lengths, and rows of many key tiles.
+_ATTENTION_GPU_SIZES: list[tuple[int, int, int, int, int, int, bool, float | None]] = [
+    (2, 203, 203, 4, 4, 16, True, None),
+    (1, 113, 203, 3, 1, 96, True, None),
+    (2, 257, 257, 12, 4, 128, True, None),
+    (1, 130, 77, 2, 1, 256, False, None),
+    (1, 1, 5000, 12, 4, 64, True, None),
+    (1, 4099, 4099, 3, 1, 64, True, None),
+]
 # (N, d, V, options)
 _LOSS_SIZES: list[tuple[int, int, int, dict[str, Any]]] = [
     (13, 24, 131, {}),
@@ -94,6 +107,12 @@ _LOSS_SIZES: list[tuple[int, int, int, dict[str, Any]]] = [
     (1, 8, 5, {}),
     (40, 16, 300, {"reduction": "sum", "z_loss": 1e-2}),
     (33, 96, 509, {"denominator": 7.0, "ignore_index": 3}),
+]
+# Only on a GPU: vocabularies that no tile divides, at a narrow and a wide model.
+_LOSS_GPU_SIZES: list[tuple[int, int, int, dict[str, Any]]] = [
+    (1000, 96, 50257, {}),
+    (517, 1536, 50257, {"z_loss": 1e-4}),
+    (300, 384, 50304, {"reduction": "none"}),
 ]
 
 
@@ -183,7 +202,8 @@ def _attention_case(
 
 
 def _attention_cases(dtype: torch.dtype, device: torch.device) -> list[Case]:
-    return [_attention_case(size, dtype, device, size == _ATTENTION_SIZES[0]) for size in _ATTENTION_SIZES]
+    sizes = [*_ATTENTION_SIZES, *(_ATTENTION_GPU_SIZES if device.type == "cuda" else [])]
+    return [_attention_case(size, dtype, device, size == sizes[0]) for size in sizes]
 
 
 def _attention_empty(dtype: torch.dtype, device: torch.device) -> list[Case]:
@@ -234,16 +254,29 @@ def _loss_case(
 
 
 def _loss_cases(dtype: torch.dtype, device: torch.device) -> list[Case]:
+    sizes = [*_LOSS_SIZES, *(_LOSS_GPU_SIZES if device.type == "cuda" else [])]
     made = [
         _loss_case((tokens, dim, vocab), options, dtype, device, index < 2)
-        for index, (tokens, dim, vocab, options) in enumerate(_LOSS_SIZES)
+        for index, (tokens, dim, vocab, options) in enumerate(sizes)
     ]
-    denominator = torch.tensor(11.0, device=device)
-    return [*made, _loss_case((9, 8, 50), {"denominator": denominator}, dtype, device, False)]
+    made.append(_loss_case((9, 8, 50), {"denominator": torch.tensor(11.0, device=device)}, dtype, device, False))
+    # Every token adds to one row of the weight's gradient: summed in half precision it is off by several units.
+    one_label = _loss_case((2400, 8, 5), {}, dtype, device, False)
+    one_label.tensors["labels"].clamp_(max=0)
+    return [*made, dataclasses.replace(one_label, name="N 2400, d 8, V 5, one label")]
 
 
 def _loss_empty(dtype: torch.dtype, device: torch.device) -> list[Case]:
     return [_loss_case((0, 8, 5), {"reduction": reduction}, dtype, device, False) for reduction in ("sum", "none")]
+
+
+def _large_loss(dtype: torch.dtype, device: torch.device) -> Case:
+    """More logits than a chunk by a sensible byte budget has: 100 MB on a CPU, 400 MB on a GPU, at two bytes each."""
+    return _loss_case((4096 if device.type == "cuda" else 1024, 8, 50304), {}, dtype, device, False)
+
+
+def _logits(case: Case) -> int:
+    return case.tensors["hidden"].shape[0] * case.tensors["weight"].shape[0]
 
 
 def _loss_slack(case: Case, name: str, largest: float) -> float:
@@ -298,6 +331,8 @@ SPECS: Mapping[str, OpSpec] = {
         _loss_empty,
         "hidden",
         _loss_slack,
+        _large_loss,
+        ("the logits", _logits),
     ),
 }
 """Op to how it is checked."""

@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 
+from pico_kernels._triton import interpreting
 from pico_kernels.conformance_cases import LAYOUTS, Case, OpSpec, far_apart, guarded, lay_out
 from pico_kernels.conformance_measure import (
     Deviation,
     Expected,
+    LargestTensor,
     Tensors,
     call,
     deviations,
@@ -291,6 +293,26 @@ def large_offsets(subject: Subject) -> Iterator[Finding]:
     yield from subject.measured(check, changed, expected, got)
 
 
+def memory(subject: Subject) -> Iterator[Finding]:
+    """What the op promises not to hold is never a tensor: on a large call, no tensor has that many elements."""
+    if subject.spec.large is None or subject.dtype.itemsize > 2:
+        return
+    what, elements_of = subject.spec.forbidden
+    check = f"{what} never in memory"
+    if subject.fn is subject.spec.reference:
+        yield Finding(check, skipped="this is the twin: it is the specification, and holds them")
+        return
+    if interpreting():
+        yield Finding(check, skipped="a large call takes minutes in Triton's interpreter")
+        return
+    case = subject.spec.large(subject.dtype, subject.device)
+    with LargestTensor() as largest:
+        run(subject.fn, case, subject.spec, [torch.ones((), device=subject.device)])
+    elements = elements_of(case)
+    held = f"a tensor of {largest.elements} elements where {what} are {elements}"
+    yield subject.seen(check, case, held if largest.elements >= elements else None)
+
+
 def traced(subject: Subject) -> Iterator[Finding]:
     """``torch.compile(fullgraph=True)``, forward and gradients; CPUs use ``aot_eager``, which needs no C++ compiler."""
     backend = "inductor" if subject.device.type == "cuda" else "aot_eager"
@@ -315,8 +337,9 @@ CHECKS: Mapping[str, Check] = {
     "inputs unchanged": overwritten,
     "only the gradients asked for": asked_for,
     "offsets beyond 2^31": large_offsets,
+    "memory": memory,
     "torch.compile": traced,
 }
 """Checks in the order of the table; the name is the row's if the check raises."""
 
-NOT_QUICK = ("offsets beyond 2^31",)
+NOT_QUICK = ("offsets beyond 2^31", "memory")

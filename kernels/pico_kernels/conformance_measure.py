@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from pico_kernels.conformance_cases import Case, OpSpec, draw, lay_out
 
@@ -208,3 +210,19 @@ def poisoned_allocations() -> Iterator[None]:
     finally:
         settings.fill_uninitialized_memory = fill
         torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+
+
+class LargestTensor(TorchDispatchMode):
+    """While it lasts, ``elements`` is the size of the largest tensor that any ATen call returned, views apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call and look: every allocation of PyTorch's is the result of such a call."""
+        result = func(*args, **(kwargs or {}))
+        made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        sizes = [tensor.untyped_storage().nbytes() // tensor.element_size() for tensor in made]
+        self.elements = max(self.elements, *sizes, 0)
+        return result

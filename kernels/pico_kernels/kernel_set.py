@@ -90,7 +90,10 @@ class KernelSet:
         return cls(**chosen)
 
     def describe(self) -> dict[str, str]:
-        """Op to the name of its implementation, or ``module:function`` for one from elsewhere."""
+        """Op to the name of its implementation, or ``module:function`` for one from elsewhere.
+
+        ``auto`` is an op's own choice at each call.
+        """
         return {field.name: _name_of(field.name, getattr(self, field.name)) for field in fields(self)}
 
 

@@ -1,12 +1,14 @@
 """Cross entropy of a linear head without the logits in memory.
 
 ``loss_i = logsumexp(z_i) - z_i[label_i] + z_loss * logsumexp(z_i)^2`` with ``z = hidden @ weight^T``; ignored tokens
-have loss and gradient zero. The whole matrix ``z`` (N, V) never exists: see :mod:`pico_kernels._linear_cross_entropy`.
+have loss and gradient zero. The whole matrix ``z`` (N, V) never exists: ``torch`` holds a chunk of its rows
+(:mod:`pico_kernels._linear_cross_entropy`), ``triton`` a chunk or nothing
+(:mod:`pico_kernels.linear_cross_entropy_triton`).
 
 Rounding points: ``weight`` is rounded to ``hidden.dtype`` and the logits to that dtype, as ``F.linear`` there does;
 softmax, log-sum-exp and losses in float32 (float64 for float64 input). In ``torch`` the gradient of the logits is
 rounded to ``hidden.dtype`` for the products; the weight's gradient is summed over chunks in float32 and rounded once
-to ``weight.dtype``.
+to ``weight.dtype``. ``triton`` may keep the logits in float32.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
+from pico_kernels._autocast import in_argument_dtype
 from pico_kernels._dispatch import (
     Implementations,
     compute_dtype,
@@ -23,7 +26,7 @@ from pico_kernels._dispatch import (
     require_shape,
     resolve,
 )
-from pico_kernels._linear_cross_entropy import FusedLoss, TokenLosses
+from pico_kernels._linear_cross_entropy import FusedLoss, Run, TokenLosses, run_chunks
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -32,7 +35,9 @@ def check_labels(labels: torch.Tensor, vocab_size: int, ignore_index: int) -> No
     """Refuse labels outside [0, vocab_size) other than ``ignore_index``.
 
     On a CPU ValueError names the first one. Elsewhere, and in a traced graph, the check is an assertion on the device:
-    the host does not wait, the error surfaces at the next synchronisation.
+    the host does not wait. On CUDA the message stands on standard error, in ``Assertion `...` failed``; the next call
+    that synchronises raises ``torch.AcceleratorError`` (``device-side assert triggered``), and the process cannot use
+    the GPU any more.
     """
     bad = ((labels < 0) | (labels >= vocab_size)) & (labels != ignore_index)
     if labels.device.type == "cpu" and not torch.compiler.is_compiling():
@@ -46,15 +51,14 @@ def check_labels(labels: torch.Tensor, vocab_size: int, ignore_index: int) -> No
         torch._assert_async(~bad.any(), message)
 
 
-def _denominator(
-    counted: torch.Tensor, reduction: str, denominator: float | torch.Tensor | None
-) -> torch.Tensor | float:
+def divisor(counted: torch.Tensor, reduction: str, denominator: float | torch.Tensor | None) -> torch.Tensor | float:
     """What the sum of the losses is divided by: no counted token and no given denominator gives 0 / 0, NaN."""
     if denominator is not None:
         return denominator.detach() if isinstance(denominator, torch.Tensor) else denominator
     return counted.sum() if reduction == "mean" else 1.0
 
 
+@in_argument_dtype
 def linear_cross_entropy_reference(
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -71,7 +75,7 @@ def linear_cross_entropy_reference(
     counted = labels != ignore_index
     losses = functional.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="none")
     losses = losses + z_loss * torch.logsumexp(logits, -1).square() * counted
-    return losses if reduction == "none" else losses.sum() / _denominator(counted, reduction, denominator)
+    return losses if reduction == "none" else losses.sum() / divisor(counted, reduction, denominator)
 
 
 def linear_cross_entropy_torch(
@@ -86,17 +90,56 @@ def linear_cross_entropy_torch(
 ) -> torch.Tensor:
     """:func:`linear_cross_entropy` on ATen, chunk by chunk."""
     check_labels(labels, weight.shape[0], ignore_index)
+    return in_chunks(hidden, weight, labels, ignore_index, reduction, denominator, z_loss, run_chunks)
+
+
+def in_chunks(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    ignore_index: int,
+    reduction: str,
+    denominator: float | torch.Tensor | None,
+    z_loss: float,
+    run: Run,
+) -> torch.Tensor:
+    """The loss of checked labels by ``run``, which computes as :func:`run_chunks` does."""
     counted = labels != ignore_index
     targets = torch.where(counted, labels, 0)
     if reduction == "none":
-        return TokenLosses.apply(hidden, weight, targets, counted, z_loss)
-    total = FusedLoss.apply(hidden, weight, targets, counted, z_loss, torch.is_grad_enabled())
-    return total / _denominator(counted, reduction, denominator)
+        return TokenLosses.apply(hidden, weight, targets, counted, z_loss, run)
+    total = FusedLoss.apply(hidden, weight, targets, counted, z_loss, torch.is_grad_enabled(), run)
+    return total / divisor(counted, reduction, denominator)
+
+
+def linear_cross_entropy_triton(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    denominator: float | torch.Tensor | None = None,
+    z_loss: float = 0.0,
+) -> torch.Tensor:
+    """:func:`linear_cross_entropy` with Triton kernels; Triton is imported by the first call."""
+    from pico_kernels import linear_cross_entropy_triton as kernels
+
+    return kernels.linear_cross_entropy(
+        hidden,
+        weight,
+        labels,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        denominator=denominator,
+        z_loss=z_loss,
+    )
 
 
 LINEAR_CROSS_ENTROPY: Implementations = {
     "reference": linear_cross_entropy_reference,
     "torch": linear_cross_entropy_torch,
+    "triton": linear_cross_entropy_triton,
 }
 
 
@@ -122,7 +165,7 @@ def linear_cross_entropy(
         denominator: the sum of the losses is divided by it in place of the count, so that micro-batches and ranks
             share one; a number or a 0-d tensor (no gradient). Not with ``reduction="none"``.
         z_loss: coefficient of the squared log-sum-exp (PaLM, arXiv 2204.02311), added to each counted token.
-        impl: ``auto``, ``reference`` or ``torch``.
+        impl: ``auto``, ``reference``, ``torch`` or ``triton``.
 
     Returns a 0-d float32 tensor, or (N,) for ``none`` (float64 for float64 input); differentiable in ``hidden`` and
     ``weight``. Raises ValueError for wrong arguments and, on a CPU, for a label outside the vocabulary; on a GPU such a

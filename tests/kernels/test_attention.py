@@ -1,8 +1,9 @@
-"""Attention: `torch` and `sdpa` against the float64 reference; causality, cached decoding, layouts, messages."""
+"""Attention: `torch` and `sdpa` against the float64 reference; causality, decoding, layouts, documents, messages."""
 
 import re
 import sys
 from collections.abc import Callable
+from itertools import pairwise
 
 import pico_kernels as pk
 import pytest
@@ -10,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pico_kernels import _attention_cpu
+from pico_kernels._triton import interpreting
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -190,10 +192,150 @@ def test_equal_lengths_and_single_queries_build_no_mask(monkeypatch: pytest.Monk
     def refuse(*_: object) -> None:
         raise AssertionError("a dense mask")
 
-    monkeypatch.setattr(sys.modules["pico_kernels.attention"], "_lower_right_mask", refuse)
+    monkeypatch.setattr(sys.modules["pico_kernels.attention_sdpa"], "lower_right_mask", refuse)
     for impl in ("torch", "sdpa"):
         pk.attention(*draw(1, 9, 9, 2, 1, 8, torch.float32), impl=impl)
         pk.attention(*draw(1, 1, 9, 2, 1, 8, torch.float32), impl=impl)
+
+
+DOCUMENT_IMPLS = ["reference", "torch", "sdpa"]
+
+
+def loop_over_documents(inputs: list[torch.Tensor], starts: list[int], causal: bool, lse: bool) -> tuple:
+    """Output and log-sum-exp of every document by itself."""
+    flat = [t.flatten(0, 1)[None] for t in inputs]
+    pairs = [(a, b) for a, b in pairwise(starts) if a < b]
+    parts = [
+        pk.attention(*(t[:, a:b] for t in flat), causal=causal, return_lse=True, impl="reference") for a, b in pairs
+    ]
+    batch, _, heads, _ = inputs[0].shape
+    out = torch.cat([part for part, _ in parts], 1).reshape(inputs[0].shape)
+    joined = torch.cat([part for _, part in parts], 2)[0]
+    return (out, joined.unflatten(1, (batch, -1)).transpose(0, 1).reshape(batch, heads, -1)) if lse else (out,)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    batch=st.integers(1, 3),
+    length=st.integers(1, 24),
+    cuts=st.lists(st.integers(0, 72), max_size=5),
+    causal=st.booleans(),
+    index_dtype=st.sampled_from([torch.int32, torch.int64]),
+)
+def test_documents_equal_a_loop_over_them(
+    batch: int, length: int, cuts: list[int], causal: bool, index_dtype: torch.dtype
+) -> None:
+    tokens = batch * length
+    starts = sorted([0, tokens, *(min(cut, tokens) for cut in cuts)])
+    cu_seqlens = torch.tensor(starts, dtype=index_dtype)
+    inputs = draw(batch, length, length, 4, 2, 8, torch.float64)
+    for impl in DOCUMENT_IMPLS:
+        lse = impl != "sdpa"
+
+        def ours(*a: torch.Tensor, impl: str = impl, lse: bool = lse) -> tuple:
+            found = pk.attention(*a, causal=causal, cu_seqlens=cu_seqlens, return_lse=lse, impl=impl)
+            return found if lse else (found,)
+
+        def loop(*a: torch.Tensor, lse: bool = lse) -> tuple:
+            return loop_over_documents(list(a), starts, causal, lse)
+
+        for got, want in zip(all_results(ours, inputs), all_results(loop, inputs), strict=True):
+            torch.testing.assert_close(got, want)
+
+
+def all_results(call: Callable, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The outputs, and the gradients of a weighted sum of them all."""
+    leaves = [t.detach().clone().requires_grad_() for t in inputs]
+    outputs = call(*leaves)
+    generator = torch.Generator().manual_seed(7)
+    total = sum((x * torch.randn(x.shape, generator=generator, dtype=x.dtype)).sum() for x in outputs)
+    return [*outputs, *torch.autograd.grad(total, leaves)]
+
+
+@pytest.mark.parametrize("impl", ["torch", "reference"])
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+def test_log_sum_exp_is_wide_and_accurate(impl: str, dtype: torch.dtype) -> None:
+    inputs = draw(2, 70, 90, 6, 2, 8, dtype)
+    out, lse = pk.attention(*inputs, return_lse=True, impl=impl)
+    _, exact = pk.attention(*(t.double() for t in inputs), return_lse=True, impl="reference")
+    assert out.dtype == dtype
+    assert lse.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert lse.shape == (2, 6, 70)
+    torch.testing.assert_close(lse.double(), exact, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("needed", [(0, 1, 2), (0,), (1,)])
+def test_gradcheck_of_the_log_sum_exp(causal: bool, needed: tuple[int, ...]) -> None:
+    inputs = [t.requires_grad_(i in needed) for i, t in enumerate(draw(1, 5, 7, 4, 2, 4, torch.float64))]
+    call = lambda *a: pk.attention(*a, causal=causal, return_lse=True, impl="torch")  # noqa: E731
+    assert torch.autograd.gradcheck(call, inputs)
+    assert torch.autograd.gradcheck(lambda *a: call(*a)[1], inputs)
+
+
+def test_values_get_no_gradient_from_the_log_sum_exp() -> None:
+    inputs = [t.requires_grad_() for t in draw(1, 20, 20, 2, 1, 8, torch.float32)]
+    _, lse = pk.attention(*inputs, return_lse=True, impl="torch")
+    assert not torch.autograd.grad(lse.sum(), inputs[2])[0].any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("queries", [1, 5])
+def test_decoding_has_the_accuracy_of_plain_pytorch(queries: int, dtype: torch.dtype) -> None:
+    inputs = draw(3, queries, 130, 6, 2, 8, dtype)
+    got = pk.attention(*inputs, impl="torch")
+    exact = pk.attention(*(t.double() for t in inputs), impl="reference")
+    ulp = torch.finfo(dtype).eps * exact.abs().max()
+    assert (got.double() - exact).abs().max() <= 2 * (plain(*inputs).double() - exact).abs().max() + ulp
+    assert torch.equal(got, pk.attention(*inputs, impl="torch"))
+
+
+@pytest.mark.parametrize(("impl", "lse"), [("reference", True), ("torch", True), ("torch", False), ("sdpa", False)])
+def test_documents_trace_as_one_graph(impl: str, lse: bool) -> None:
+    cu_seqlens = torch.tensor([0, 5, 9, 14])
+    inputs = draw(2, 7, 7, 4, 2, 8, torch.float32)
+
+    def call(*a: torch.Tensor) -> tuple:
+        found = pk.attention(*a, cu_seqlens=cu_seqlens, return_lse=lse, impl=impl)
+        return found if lse else (found,)
+
+    traced = all_results(torch.compile(call, backend="aot_eager", fullgraph=True), inputs)
+    for got, want in zip(traced, all_results(call, inputs), strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_a_traced_graph_asserts_the_documents() -> None:
+    traced = torch.compile(pk.attention, backend="aot_eager", fullgraph=True)
+    with pytest.raises(
+        RuntimeError, match="attention: cu_seqlens: entries must go from 0 to B \\* S = 8 and never decr"
+    ):
+        traced(Q, K, K, cu_seqlens=torch.tensor([0, 6, 5, 8]))
+
+
+@pytest.mark.parametrize("impl", DOCUMENT_IMPLS)
+def test_no_tokens_in_no_documents(impl: str) -> None:
+    q, k, v = draw(2, 0, 0, 4, 2, 8, torch.float32)
+    for starts in ([0], [0, 0, 0]):
+        assert pk.attention(q, k, v, cu_seqlens=torch.tensor(starts), impl=impl).shape == q.shape
+
+
+NOT_LINUX = pytest.mark.skipif(sys.platform != "linux", reason="Triton has no packages for other systems")
+
+
+@pytest.mark.parametrize("impl", ["reference", "torch", pytest.param("triton", marks=NOT_LINUX)])
+@pytest.mark.parametrize(("batch", "length"), [(0, 3), (0, 0), (2, 0)])
+def test_log_sum_exps_of_no_tokens_in_no_documents(batch: int, length: int, impl: str) -> None:
+    device = "cpu" if impl != "triton" or interpreting() else "cuda"
+    inputs = [t.to(device).requires_grad_() for t in draw(batch, length, length, 4, 2, 8, torch.float32)]
+    out, lse = pk.attention(*inputs, cu_seqlens=torch.tensor([0], device=device), return_lse=True, impl=impl)
+    assert out.shape == inputs[0].shape
+    assert lse.shape == (batch, 4, length)
+    (out.sum() + lse.sum()).backward()
+    assert all(t.grad.shape == t.shape for t in inputs)
+
+
+def packed(starts: list, keys: int = 4, device: str = "cpu") -> torch.Tensor:
+    return pk.attention(Q, K[:, :keys], K[:, :keys], causal=False, cu_seqlens=torch.tensor(starts, device=device))
 
 
 Q, K = torch.zeros(2, 4, 6, 8), torch.zeros(2, 4, 2, 8)
@@ -212,9 +354,24 @@ Q, K = torch.zeros(2, 4, 6, 8), torch.zeros(2, 4, 2, 8)
         (lambda: pk.attention(Q, K[:, :3], K[:, :3]), "q: expected at most as many queries as keys (3) when causal"),
         (lambda: pk.attention(Q, K.half(), K), "attention: k: expected the dtype of q (torch.float32), got torch.flo"),
         (lambda: pk.attention(Q, K, K.to("meta")), "attention: v: expected the device of q (cpu), got meta"),
-        (lambda: pk.attention(Q, K, K, impl="triton"), "it has auto, reference, torch, sdpa"),
+        (lambda: pk.attention(Q, K, K, impl="fused"), "it has auto, reference, torch, triton, sdpa, flash_attn"),
+        (lambda: packed([0, 8], keys=3), "cu_seqlens: expected as many queries as keys (3) in a row, got 4"),
+        (lambda: packed([1, 8]), "attention: cu_seqlens: expected a first entry of 0, got 1"),
+        (lambda: packed([0, 4, 7]), "attention: cu_seqlens: expected a last entry of B * S = 8, got 7"),
+        (lambda: packed([0, 6, 5, 8]), "cu_seqlens: expected entries that never decrease, got 6, 5 at position 1"),
+        (lambda: packed([0.0, 8.0]), "attention: cu_seqlens: expected int32 or int64, got torch.float32"),
+        (lambda: packed([[0, 8]]), "attention: cu_seqlens: expected shape (documents + 1,), got shape (1, 2)"),
+        (lambda: packed([0, 8], device="meta"), "cu_seqlens: expected the device of q (cpu), got meta"),
     ],
 )
 def test_bad_arguments(call: Callable, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         call()
+
+
+def test_the_reference_sums_the_gradients_of_a_group_in_float32() -> None:
+    inputs = draw(1, 20, 20, 8, 1, 8, torch.bfloat16)
+    got = with_grads(lambda *a: pk.attention(*a, impl="reference"), inputs)
+    exact = with_grads(lambda *a: pk.attention(*(t.double() for t in a), impl="reference").bfloat16(), inputs)
+    for a, b in zip(got, exact, strict=True):
+        torch.testing.assert_close(a, b, rtol=2**-8, atol=1e-6)  # one rounding: at most an ulp apart

@@ -33,6 +33,13 @@ def failed(results: list[Result]) -> dict[str, str]:
     return {result.check: result.reason for result in results if not result.passed}
 
 
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As outside Triton's interpreter, which is too slow for the tool's large calls; for kernels that need none."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
+@pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize("impl", ["torch", "reference"])
 @pytest.mark.parametrize("op", list(pk.OPS))
 def test_our_implementations_pass(op: str, impl: str) -> None:
@@ -41,6 +48,7 @@ def test_our_implementations_pass(op: str, impl: str) -> None:
     names = [result.check for result in results]
     assert "torch.compile" in names
     assert ("offsets beyond 2^31" in names) == (impl == "torch")
+    assert ("the logits never in memory" in names) == (op == "linear_cross_entropy" and impl == "torch")
     assert sum(name.startswith("gradient of ") for name in names) >= 6
     measured = [result for result in results if result.check.startswith(("forward", "gradient", "strides"))]
     assert all(0 <= result.error <= result.limit < 1e3 for result in measured)
@@ -115,6 +123,72 @@ def test_a_wrong_norm_fails_the_right_check(name: str, dtype: torch.dtype, expec
     assert blamed == ({expected} if name == "norm_scaled_by_the_whole" else set())
 
 
+# Name, op, dtype, the checks that must fail (no others may), and a reason among them.
+WRONG_MATRIX_KERNELS = [
+    ("attention_sees_one_key_too_many", "attention", torch.float32, None, "the float64 twin has"),
+    ("attention_masks_from_the_upper_left", "attention", torch.float32, None, "S 9/30, H 2/1, D 64, causal"),
+    ("attention_reads_the_wrong_kv_head", "attention", torch.float32, None, "the float64 twin has"),
+    ("attention_forgets_the_scale_of_dq", "attention", torch.float32, {"gradient of q"}, "the float64 twin has"),
+    (
+        "attention_adds_in_any_order",
+        "attention",
+        torch.float32,
+        {"same bits in every run", "backward twice"},
+        "gradient k: runs differ in their bits",
+    ),
+    ("loss_divides_by_all_tokens", "linear_cross_entropy", torch.float32, None, "the float64 twin has"),
+    (
+        "loss_lets_ignored_tokens_push",
+        "linear_cross_entropy",
+        torch.float32,
+        {"gradient of hidden", "gradient of weight"},
+        "the float64 twin has",
+    ),
+    (
+        "loss_takes_one_gradient_for_all_tokens",
+        "linear_cross_entropy",
+        torch.float32,
+        {"gradient of hidden", "gradient of weight"},
+        "reduction none",
+    ),
+    (
+        "loss_forgets_the_gradient_of_z_loss",
+        "linear_cross_entropy",
+        torch.float32,
+        {"gradient of hidden", "gradient of weight"},
+        "z_loss 0.01",
+    ),
+    (
+        "loss_sums_the_weight_gradient_in_half_precision",
+        "linear_cross_entropy",
+        torch.bfloat16,
+        {"gradient of weight", "the logits never in memory"},
+        "N 2400, d 8, V 5, one label",
+    ),
+    (
+        "loss_holds_the_logits",
+        "linear_cross_entropy",
+        torch.bfloat16,
+        {"the logits never in memory"},
+        "a tensor of 51511296 elements where the logits are 51511296",
+    ),
+]
+
+
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize(("name", "op", "dtype", "expected", "reason"), WRONG_MATRIX_KERNELS)
+def test_a_wrong_attention_or_loss_fails_the_right_check(
+    name: str, op: str, dtype: torch.dtype, expected: set[str] | None, reason: str
+) -> None:
+    found = failed(check(getattr(WRONG, name), op, dtypes=[dtype]))
+    assert any(reason in said for said in found.values()), found
+    blamed = {re.sub(r", (float32|bfloat16)$", "", row) for row in found}
+    if expected is None:  # the forward is wrong, and all that follows from it
+        assert {row.partition(" ")[0] for row in blamed} >= {"forward", "gradient"}
+    else:
+        assert blamed == expected
+
+
 def test_a_wrong_dtype_is_named() -> None:
     found = failed(check(WRONG.returns_float32, "swiglu", dtypes=HALF, quick=True))
     assert "expected dtype torch.bfloat16, got dtype torch.float32" in found["forward product, bfloat16"]
@@ -135,6 +209,16 @@ def test_the_settings_it_changes_are_restored() -> None:
     before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
     check(pk.OPS["swiglu"]["torch"], "swiglu", dtypes=HALF, quick=True)
     assert (torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory) == before
+
+
+@pytest.mark.parametrize(("name", "said"), [("reference", "this is the twin"), ("torch", "")])
+def test_the_twin_may_hold_the_logits_and_says_so(name: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conformance, "CHECKS", {"memory": conformance.CHECKS["memory"]})
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    (result,) = check(pk.OPS["linear_cross_entropy"][name], "linear_cross_entropy", dtypes=[torch.float32, *HALF])
+    assert result.passed
+    assert result.skipped == bool(said)
+    assert result.reason.startswith(said)
 
 
 def test_bad_arguments_of_the_function() -> None:

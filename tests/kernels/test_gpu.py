@@ -1,5 +1,7 @@
 """The Triton kernels on a real GPU: numbers, tracing, determinism, launches, offsets past 2^31.
 
+What only attention and the loss promise is in test_gpu_matrix.py.
+
 ``python -m benchmarks.gpu`` runs this file without conftest.py on machines that have torch, Triton and pytest only.
 """
 
@@ -17,26 +19,33 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
-OPS = ["rms_norm", "add_rms_norm", "rope", "swiglu"]
+POINTWISE = ["rms_norm", "add_rms_norm", "rope", "swiglu"]
+OPS = [*POINTWISE, "attention", "linear_cross_entropy"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 BACKWARD_KERNELS = {
     "rms_norm": 2,
     "add_rms_norm": 2,
     "rope": 1,
     "swiglu": 1,
-}  # a norm adds its partial weight gradients
+    "attention": 2,
+}  # a norm adds its partial weight gradients; attention has one for q, one for k and v
+VOCAB = 509
 Call = Callable[..., Any]
 
 
 def rand(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator(DEVICE).manual_seed(seed)
-    return torch.randn(*shape, generator=generator, device=DEVICE).to(dtype)
+    return torch.randn(shape, generator=generator, device=DEVICE).to(dtype)
 
 
 def inputs_of(op: str, rows: int, width: int, dtype: torch.dtype) -> list[torch.Tensor]:
-    """Differentiable arguments; for rope ``width`` is the head dimension and there are 3 query heads and 1 of keys."""
+    """Differentiable arguments. Rope and attention: 3 query heads and 1 of keys, of ``width`` and a third of it."""
     if op == "rope":
         return [rand(1, rows, heads, width, dtype=dtype, seed=heads) for heads in (3, 1)]
+    if op == "attention":
+        return [rand(1, rows, heads, width // 3, dtype=dtype, seed=seed) for seed, heads in enumerate((3, 1, 1))]
+    if op == "linear_cross_entropy":
+        return [rand(rows, width, dtype=dtype), rand(VOCAB, width, seed=9) * width**-0.5]
     if op == "swiglu":
         return [rand(rows, width, dtype=dtype, seed=seed) for seed in range(2)]
     count = 2 if op == "add_rms_norm" else 1
@@ -45,10 +54,20 @@ def inputs_of(op: str, rows: int, width: int, dtype: torch.dtype) -> list[torch.
 
 def caller(op: str, impl: str, inputs: Sequence[torch.Tensor], style: str = "interleaved") -> Call:
     """The op as a function of its differentiable arguments, for arguments of these shapes."""
+    if op == "linear_cross_entropy":
+        labels = labels_of(inputs[0].shape[0], inputs[1].shape[0])
+        return lambda hidden, weight: pk.linear_cross_entropy(hidden, weight, labels, z_loss=1e-3, impl=impl)
     if op != "rope":
         return lambda *tensors: getattr(pk, op)(*tensors, impl=impl)
     cos, sin = pk.rope_tables(inputs[0].shape[1], inputs[0].shape[3], device=DEVICE)
     return lambda q, k: pk.rope(q, k, cos, sin, style=style, impl=impl)
+
+
+def labels_of(tokens: int, vocab: int) -> torch.Tensor:
+    """Some of them to be ignored."""
+    labels = torch.randint(0, vocab, (tokens,), generator=torch.Generator().manual_seed(3))
+    labels[::7] = -100
+    return labels.to(DEVICE)
 
 
 def run(call: Call, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -161,7 +180,10 @@ def test_compiles_as_one_graph_with_the_bits_of_eager(op: str) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(caller(op, "triton", inputs), fullgraph=True)
     for a, b in zip(run(compiled, inputs), run(caller(op, "triton", inputs), inputs), strict=True):
-        assert torch.equal(a, b)
+        if op == "linear_cross_entropy":  # Inductor adds up the tokens' losses in another order
+            torch.testing.assert_close(a, b)
+        else:
+            assert torch.equal(a, b)
 
 
 class Recorder(torch.fx.Interpreter):
@@ -181,13 +203,14 @@ class Recorder(torch.fx.Interpreter):
 def test_the_op_that_tracing_sees_is_registered_soundly(op: str) -> None:
     calls: list[tuple[Any, tuple, dict]] = []
     torch._dynamo.reset()
-    inputs = inputs_of(op, 16, 96, torch.float32)
+    dtype = torch.bfloat16 if op == "linear_cross_entropy" else torch.float32  # in float32 it is traced as chunks
+    inputs = [tensor.requires_grad_() for tensor in inputs_of(op, 16, 96, dtype)]
     call = caller(op, "triton", inputs)
     torch.compile(call, backend=lambda graph, _: Recorder(graph, calls).run, fullgraph=True)(*inputs)
     assert len(calls) == 1
     target, args, kwargs = calls[0]
     leaves = tuple(
-        arg.detach().clone().requires_grad_(arg.dtype == torch.float32) if isinstance(arg, torch.Tensor) else arg
+        arg.detach().clone().requires_grad_(arg.dtype == dtype) if isinstance(arg, torch.Tensor) else arg
         for arg in args
     )
     if op == "rope":  # cos and sin are constants
@@ -211,18 +234,18 @@ def device_events(work: Callable[[], object]) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", [*POINTWISE, "attention"])
 def test_a_forward_is_one_kernel_and_no_copy(op: str) -> None:
     inputs = [tensor.requires_grad_() for tensor in inputs_of(op, 4096, 96, torch.bfloat16)]
     kernels = pk.KernelSet.from_config({"default": "auto"}, DEVICE)
     call = getattr(kernels, op)
-    extra = pk.rope_tables(4096, 96, device=DEVICE) if op == "rope" else () if op == "swiglu" else (1e-6,)
+    extra = pk.rope_tables(4096, 96, device=DEVICE) if op == "rope" else (1e-6,) if "norm" in op else ()
     names = device_events(lambda: call(*inputs, *extra))
     assert len(names) == 1, names
     assert "mem" not in names[0].lower()
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", BACKWARD_KERNELS)
 def test_a_backward_launches_no_more_kernels_than_it_must(op: str) -> None:
     inputs = [tensor.requires_grad_() for tensor in inputs_of(op, 4096, 96, torch.bfloat16)]
     outputs = caller(op, "triton", inputs)(*inputs)
@@ -233,7 +256,7 @@ def test_a_backward_launches_no_more_kernels_than_it_must(op: str) -> None:
     assert not [name for name in names if "memcpy" in name.lower()]
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", POINTWISE)
 def test_offsets_past_2_to_31(op: str) -> None:
     """3.2e9 elements of one tensor: its last rows have the bits of those rows alone, forward and backward."""
     heads, head_dim, seq_len, width = 12, 128, 2048, 1536
@@ -276,10 +299,12 @@ def test_offsets_past_2_to_31(op: str) -> None:
 
 def test_auto_is_triton_on_a_gpu() -> None:
     names = pk.KernelSet.from_config(device=DEVICE).describe()
-    assert {op: names[op] for op in OPS} == dict.fromkeys(OPS, "triton")
+    assert {op: names[op] for op in POINTWISE} == dict.fromkeys(POINTWISE, "triton")
+    assert names["attention"] == "auto"  # which chooses at each call
+    assert names["linear_cross_entropy"] == "triton"
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", [*POINTWISE, "attention"])
 def test_zero_rows(op: str) -> None:
     inputs = inputs_of(op, 0, 96, torch.bfloat16)
     for tensor, result in zip(inputs, run(caller(op, "triton", inputs), inputs)[-len(inputs) :], strict=True):

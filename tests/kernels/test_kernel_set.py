@@ -49,7 +49,7 @@ def test_every_problem_is_listed_at_once(tmp_path: Path, monkeypatch: pytest.Mon
         "rope": "no_such_package.ops:rope",
         "attention": "math:pi",
         "rms_norm": "broken_kernels:norm",
-        "linear_cross_entropy": "triton",
+        "linear_cross_entropy": "sdpa",
         "add_rms_norm": "math:no_such_function",
     }
     with pytest.raises(ValueError, match="kernels: ") as caught:
@@ -62,10 +62,14 @@ def test_every_problem_is_listed_at_once(tmp_path: Path, monkeypatch: pytest.Mon
         "rope: cannot import 'no_such_package.ops:rope': ModuleNotFoundError",
         "attention: 'math:pi' is not callable but float",
         "rms_norm: cannot import 'broken_kernels:norm': RuntimeError: no such device",
-        "linear_cross_entropy: no implementation 'triton'; it has auto, reference, torch",
+        "linear_cross_entropy: no implementation 'sdpa'; it has auto, reference, torch",
         "add_rms_norm: cannot import 'math:no_such_function': AttributeError",
     ):
         assert part in message, part
+
+
+def test_triton_is_a_default_that_every_op_has() -> None:
+    assert set(pk.KernelSet.from_config({"default": "triton"}).describe().values()) == {"triton"}
 
 
 def test_a_default_that_an_op_lacks_is_an_error() -> None:

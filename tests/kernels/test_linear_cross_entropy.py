@@ -1,5 +1,6 @@
 """Linear cross entropy: `torch` against the float64 reference over every reduction, chunking, gradients, messages."""
 
+import importlib
 import math
 import re
 from collections.abc import Callable
@@ -12,6 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pico_kernels import _linear_cross_entropy as chunked
 from torch.nn import functional
+
+loss_module = importlib.import_module("pico_kernels.linear_cross_entropy")  # the package's name is the function
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -148,8 +151,8 @@ def test_no_grad_computes_the_loss_alone(monkeypatch: pytest.MonkeyPatch) -> Non
     weight.requires_grad_()
     with_grad = pk.linear_cross_entropy(hidden, weight, labels, impl="torch")
     seen = []
-    run = chunked._run
-    monkeypatch.setattr(chunked, "_run", lambda *args: seen.append(args[4:]) or run(*args))
+    run = loss_module.run_chunks
+    monkeypatch.setattr(loss_module, "run_chunks", lambda *args: seen.append(args[4:]) or run(*args))
     with torch.no_grad():
         assert torch.equal(pk.linear_cross_entropy(hidden, weight, labels, impl="torch"), with_grad)
     assert seen == [(None, False, False)]
@@ -219,6 +222,22 @@ def test_any_layout(layout: str) -> None:
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
+def test_float16_takes_small_gradients_of_tokens() -> None:
+    """Of 1e-6, whose products with probabilities float16 does not have."""
+    inputs = draw(20, 16, 50, torch.float16, torch.float32)
+    inputs[1] = inputs[1].half().float()
+
+    def gradients(tensors: list[torch.Tensor], impl: str) -> tuple[torch.Tensor, ...]:
+        leaves = [x.detach().requires_grad_() for x in tensors[:2]]
+        losses = pk.linear_cross_entropy(*leaves, tensors[2], reduction="none", impl=impl)
+        return torch.autograd.grad(losses, leaves, torch.full_like(losses, 1e-6))
+
+    want_hidden, want_weight = gradients([inputs[0].double(), inputs[1].double(), inputs[2]], "reference")
+    got_hidden, got_weight = gradients(inputs, "torch")
+    torch.testing.assert_close(got_weight.double(), want_weight, rtol=0, atol=2e-3 * want_weight.abs().max().item())
+    torch.testing.assert_close(got_hidden.double(), want_hidden, rtol=0, atol=2.0**-24)  # the smallest number
+
+
 def test_per_token_losses_take_an_expanded_gradient() -> None:
     hidden, weight, labels = draw(9, 4, 20, torch.float32, torch.float32)
     weight.requires_grad_()
@@ -268,7 +287,7 @@ def test_a_label_outside_the_vocabulary_is_named(wrong: int, impl: str) -> None:
         (lambda f: f(HIDDEN, WEIGHT, LABELS, reduction="avg"), "reduction: expected one of mean, sum, none, got 'avg'"),
         (lambda f: f(HIDDEN, WEIGHT, LABELS, reduction="none", denominator=2.0), "denominator: expected None with"),
         (lambda f: f(HIDDEN, WEIGHT, LABELS, denominator=torch.ones(3)), "denominator: expected shape (), got shape"),
-        (lambda f: f(HIDDEN, WEIGHT, LABELS, impl="triton"), "it has auto, reference, torch"),
+        (lambda f: f(HIDDEN, WEIGHT, LABELS, impl="liger"), "it has auto, reference, torch, triton"),
     ],
 )
 def test_bad_arguments(call: Callable, message: str) -> None:

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from pico_kernels.attention import attention_reference
+from pico_kernels.linear_cross_entropy import linear_cross_entropy_reference
 from torch.nn import functional
 
 
@@ -232,3 +234,179 @@ class _NeedsBothGradients(torch.autograd.Function):
 
 def needs_both_outputs_used(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6) -> Any:
     return _NeedsBothGradients.apply(x, residual, weight, eps)
+
+
+def _mixed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None, seen: torch.Tensor) -> torch.Tensor:
+    """Attention under the mask ``seen`` (queries, keys), with as many key-value heads as query heads."""
+    query, key, value = (t.float().transpose(1, 2) for t in (q, k, v))
+    scores = query @ key.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    return (torch.softmax(scores.masked_fill(~seen, -torch.inf), -1) @ value).transpose(1, 2).to(q.dtype)
+
+
+def _mask(q: torch.Tensor, k: torch.Tensor, causal: bool, shift: int) -> torch.Tensor:
+    """Keys that each query sees; ``shift`` more than the lower-right alignment gives."""
+    every = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool, device=q.device)
+    return every.tril(k.shape[1] - q.shape[1] + shift) if causal else every
+
+
+def _repeated(t: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    return t.repeat_interleave(q.shape[2] // t.shape[2], 2)
+
+
+def attention_sees_one_key_too_many(q: Any, k: Any, v: Any, *, causal: bool = True, scale: Any = None) -> Any:
+    return _mixed(q, _repeated(k, q), _repeated(v, q), scale, _mask(q, k, causal, 1))
+
+
+def attention_masks_from_the_upper_left(q: Any, k: Any, v: Any, *, causal: bool = True, scale: Any = None) -> Any:
+    """Right where there are as many queries as keys."""
+    return _mixed(q, _repeated(k, q), _repeated(v, q), scale, _mask(q, k, causal, q.shape[1] - k.shape[1]))
+
+
+def attention_reads_the_wrong_kv_head(q: Any, k: Any, v: Any, *, causal: bool = True, scale: Any = None) -> Any:
+    """Query head h reads head h % Hkv."""
+    group = q.shape[2] // k.shape[2]
+    return _mixed(q, k.repeat(1, 1, group, 1), v.repeat(1, 1, group, 1), scale, _mask(q, k, causal, 0))
+
+
+def attention_of(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """The op from its backward (grad, q, k, v, causal, scale) -> gradients of q, k and v."""
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, q: Any, k: Any, v: Any, causal: bool, scale: float) -> torch.Tensor:
+            ctx.save_for_backward(q, k, v)
+            ctx.options = causal, scale
+            return attention_reference(q, k, v, causal=causal, scale=scale).contiguous()
+
+        @staticmethod
+        def backward(ctx: Any, grad: torch.Tensor) -> Any:
+            return *backward(grad, *ctx.saved_tensors, *ctx.options), None, None
+
+    def attention(q: Any, k: Any, v: Any, *, causal: bool = True, scale: float | None = None) -> torch.Tensor:
+        return Function.apply(q, k, v, causal, q.shape[-1] ** -0.5 if scale is None else scale)
+
+    return attention
+
+
+def _attention_gradients(
+    grad: Any, q: Any, k: Any, v: Any, causal: bool, scale: float, order: torch.Tensor | None = None
+) -> list[torch.Tensor]:
+    """In float32, each key-value head summed over its group, and the keys' gradient over queries in an ``order``."""
+    query, key, value, out = (t.float() for t in (q, k, v, grad))
+    scores = torch.einsum("bihd,bjhd->bhij", query, _repeated(key, query)) * scale
+    p = torch.softmax(scores.masked_fill(~_mask(q, k, causal, 0), -torch.inf), -1)
+    dp = torch.einsum("bihd,bjhd->bhij", out, _repeated(value, query))
+    ds = p * (dp - (p * dp).sum(-1, keepdim=True)) * scale
+    groups = (*k.shape[:3], q.shape[2] // k.shape[2], k.shape[3])
+    grad_q = torch.einsum("bhij,bjhd->bihd", ds, _repeated(key, query))
+    if order is not None:
+        ds, query = ds.index_select(2, order), query.index_select(1, order)
+    wide = [torch.einsum("bhij,bihd->bjhd", one, other) for one, other in ((ds, query), (p, out))]
+    return [grad_q.to(q.dtype), *(t.view(groups).sum(3).to(q.dtype) for t in wide)]
+
+
+def _without_the_scale(grad: Any, q: Any, k: Any, v: Any, causal: bool, scale: float) -> list[torch.Tensor]:
+    grad_q, grad_k, grad_v = _attention_gradients(grad, q, k, v, causal, scale)
+    return [grad_q / scale, grad_k, grad_v]
+
+
+attention_forgets_the_scale_of_dq = attention_of(_without_the_scale)
+
+
+def _in_any_order(grad: Any, q: Any, k: Any, v: Any, causal: bool, scale: float) -> list[torch.Tensor]:
+    """As atomic additions do."""
+    return _attention_gradients(grad, q, k, v, causal, scale, torch.randperm(q.shape[1], device=q.device))
+
+
+attention_adds_in_any_order = attention_of(_in_any_order)
+
+
+def loss_divides_by_all_tokens(hidden: Any, weight: Any, labels: Any, **options: Any) -> torch.Tensor:
+    """The mean of a batch with ignored tokens is too small."""
+    if options["reduction"] == "mean" and options["denominator"] is None:
+        options["denominator"] = float(max(1, labels.numel()))
+    return linear_cross_entropy_reference(hidden, weight, labels, **options)
+
+
+def loss_of(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """The op from its backward (grad per token, hidden, weight, labels, options) -> gradients of hidden and weight.
+
+    The gradient per token is that of the losses before reduction, 0 for ignored tokens.
+    """
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, hidden: Any, weight: Any, labels: Any, options: dict[str, Any]) -> torch.Tensor:
+            ctx.save_for_backward(hidden, weight, labels)
+            ctx.options = options
+            return linear_cross_entropy_reference(hidden, weight, labels, **options)
+
+        @staticmethod
+        def backward(ctx: Any, grad: torch.Tensor) -> Any:
+            hidden, weight, labels = ctx.saved_tensors
+            counted = labels != ctx.options["ignore_index"]
+            denominator = ctx.options["denominator"]
+            if denominator is None:
+                denominator = counted.sum() if ctx.options["reduction"] == "mean" else 1
+            token_grad = torch.where(counted, grad / denominator, 0)
+            return *backward(token_grad, hidden, weight, labels, ctx.options), None, None
+
+    return lambda hidden, weight, labels, **options: Function.apply(hidden, weight, labels, options)
+
+
+def _gradient_of_the_logits(token_grad: Any, hidden: Any, weight: Any, labels: Any, z_loss: float) -> torch.Tensor:
+    logits = functional.linear(hidden, weight.to(hidden.dtype)).float()
+    lse = torch.logsumexp(logits, -1, keepdim=True)
+    one_hot = labels[:, None] == torch.arange(weight.shape[0], device=labels.device)
+    return token_grad[:, None] * (torch.exp(logits - lse) * (1 + 2 * z_loss * lse) - one_hot.float())
+
+
+def _loss_gradients(token_grad: Any, hidden: Any, weight: Any, labels: Any, z_loss: float) -> tuple[Any, Any]:
+    wide = _gradient_of_the_logits(token_grad, hidden, weight, labels, z_loss)
+    grad_hidden = wide @ weight.to(hidden.dtype).float()
+    return grad_hidden.to(hidden.dtype), (wide.t() @ hidden.float()).to(weight.dtype)
+
+
+def _ignored_too(token_grad: Any, hidden: Any, weight: Any, labels: Any, options: Any) -> Any:
+    """Ignored tokens push all logits down."""
+    ignored = labels == options["ignore_index"]
+    known = torch.where(ignored, -1, labels)
+    shared = token_grad.amax() if token_grad.numel() else 0
+    return _loss_gradients(torch.where(ignored, shared, token_grad), hidden, weight, known, options["z_loss"])
+
+
+loss_lets_ignored_tokens_push = loss_of(_ignored_too)
+
+
+def _one_for_all(token_grad: Any, hidden: Any, weight: Any, labels: Any, options: Any) -> Any:
+    """The sum's gradient, computed in the forward as for a scalar, times the first token's incoming gradient."""
+    counted = (labels != options["ignore_index"]).float()
+    first = token_grad.flatten()[0] if token_grad.numel() else 0
+    return _loss_gradients(counted * first, hidden, weight, labels, options["z_loss"])
+
+
+loss_takes_one_gradient_for_all_tokens = loss_of(_one_for_all)
+
+
+def _without_z_loss(token_grad: Any, hidden: Any, weight: Any, labels: Any, options: Any) -> Any:
+    return _loss_gradients(token_grad, hidden, weight, labels, 0.0)
+
+
+loss_forgets_the_gradient_of_z_loss = loss_of(_without_z_loss)
+
+
+def _sums_in_bfloat16(token_grad: Any, hidden: Any, weight: Any, labels: Any, options: Any) -> Any:
+    """The weight's gradient is added up over tiles of 16 tokens in the dtype of ``hidden``."""
+    wide = _gradient_of_the_logits(token_grad, hidden, weight, labels, options["z_loss"])
+    grad_weight = torch.zeros_like(weight, dtype=hidden.dtype)
+    for rows in range(0, hidden.shape[0], 16):
+        grad_weight += (wide[rows : rows + 16].t() @ hidden[rows : rows + 16].float()).to(hidden.dtype)
+    return (wide @ weight.to(hidden.dtype).float()).to(hidden.dtype), grad_weight.to(weight.dtype)
+
+
+loss_sums_the_weight_gradient_in_half_precision = loss_of(_sums_in_bfloat16)
+
+
+def loss_holds_the_logits(hidden: Any, weight: Any, labels: Any, **options: Any) -> torch.Tensor:
+    """Right in every number."""
+    return linear_cross_entropy_reference(hidden, weight, labels, **options)
