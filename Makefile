@@ -1,11 +1,13 @@
 # make train, make test: each creates .venv, installs pico-fast and runs. Nothing outside this folder is touched.
+# make test WORKERS=8 runs the tests in 8 processes, of one thread each.
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 DEMO := datasets/demo
+WORKERS ?= 2
 
-.PHONY: train test bench lint clean
+.PHONY: train test aot bench lint clean
 
 train: $(INSTALLED)
 	$(PY) -m pico_fast.data.demo_corpus --out $(DEMO)
@@ -13,7 +15,10 @@ train: $(INSTALLED)
 	$(PY) -m pico_fast.report runs/demo --prompt "def "
 
 test: $(INSTALLED)
-	$(PY) -m pytest
+	OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses $(WORKERS) --dist worksteal --timeout 600
+
+aot: $(INSTALLED)
+	env -u TRITON_INTERPRET $(PY) -m pico_kernels.aot --check tests/kernels/aot_table.json
 
 bench: $(INSTALLED)
 	$(PY) -m benchmarks

@@ -1,7 +1,7 @@
 """What ``make bench`` runs: the benchmarks this machine can run, with a report, in about five minutes.
 
 On a GPU :mod:`benchmarks.gpu`. On a CPU every op at small shapes (``torch`` against the reference), the data loader and
-the training step; two threads, as the documented figures. Results go to ``.benchmarks/`` or ``--out``.
+the training step, its memory too; two threads, as the documented figures. Results go to ``.benchmarks/`` or ``--out``.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 
 def cpu_steps(out: Path) -> dict[str, tuple[list[str], Path]]:
     """Title to the command's module and arguments, and the JSON it leaves."""
-    ops, loader, step = (out / f"{name}.json" for name in ("ops", "data_loader", "train_step"))
+    ops, loader, step, memory = (out / f"{name}.json" for name in ("ops", "data_loader", "train_step", "step_memory"))
     return {
         "Ops on the CPU": (["pytest", "benchmarks/test_ops_cpu.py", f"--benchmark-json={ops}"], ops),
         "Data loader": (["benchmarks.data_loader", "--seconds", "3", "--rows", "4096", "--json", str(loader)], loader),
@@ -38,6 +38,10 @@ def cpu_steps(out: Path) -> dict[str, tuple[list[str], Path]]:
                 str(step),
             ],
             step,
+        ),
+        "Memory of a training step": (
+            ["benchmarks.step_memory", "--tokens", "4096", "--json", str(memory)],
+            memory,
         ),
     }
 

@@ -3,7 +3,7 @@
 Needs torch, Triton, numpy and pytest, uses pytest-benchmark and matplotlib where they are, and installs nothing: the
 repository's own packages come from this checkout. Opponents and plots that cannot be had are left out, and said so. DIR
 gets machine.json, tests.log, tests.xml, kernels.jsonl (a line per result, as it comes), kernels.json (in the form of
-pytest-benchmark) and kernels.md with its plots.
+pytest-benchmark) and kernels.md with its plots. ``--only attention,linear_cross_entropy`` narrows tests and benchmarks.
 
 Exit code: 0 all is well; 1 a test failed, did not run, or one of our kernels raised or gave a wrong result; 2 no GPU.
 """
@@ -18,11 +18,12 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-_TESTS_SHARE = 0.45  # of the time, at most: compiling some 150 specialisations takes most of it
+_TESTS_SHARE = 0.45  # of the time, at most: compiling some 200 specialisations takes most of it
 _GRACE_SECONDS = 25.0  # a case that was begun in time may end; then the process is stopped
 
 
@@ -31,6 +32,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.split("\n\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
     parser.add_argument("--minutes", type=float, default=8.0, help="budget (%(default)s)")
+    parser.add_argument("--only", metavar="OP,OP", help="these ops only, in the tests too")
+    parser.add_argument("--no-tests", action="store_true", help="benchmarks only")
     parser.add_argument(
         "--rehearse", action="store_true", help="tiny shapes on the CPU, no gpu tests: tries this command itself"
     )
@@ -45,6 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     except ImportError as error:
         sys.stderr.write(f"benchmarks.gpu: torch cannot be imported: {error}\n")
         return 2
+    only = chosen_ops(parser, arguments.only)
     if not arguments.rehearse and not torch.cuda.is_available():
         sys.stderr.write(f"benchmarks.gpu: no GPU: torch {torch.__version__} sees no CUDA device\n")
         return 2
@@ -55,12 +59,24 @@ def main(argv: list[str] | None = None) -> int:
     say(f"{machine['device']}, torch {machine['torch']}, Triton {machine['triton'] or 'is missing'}")
     end = started + 60 * arguments.minutes
     tests_failed = False
-    if not arguments.rehearse:
-        tests_failed = not run_tests(out, time.time() + _TESTS_SHARE * (end - time.time()))
-    benchmarks_failed = not run_benchmarks(out, end, machine, rehearse=arguments.rehearse)
+    if not arguments.rehearse and not arguments.no_tests:
+        tests_failed = not run_tests(out, time.time() + _TESTS_SHARE * (end - time.time()), only)
+    benchmarks_failed = not run_benchmarks(out, end, machine, only, rehearse=arguments.rehearse)
     write_report(out)
     say(f"{time.time() - started:.0f} s; results in {out}")
     return 1 if tests_failed or benchmarks_failed else 0
+
+
+def chosen_ops(parser: argparse.ArgumentParser, only: str | None) -> tuple[str, ...]:
+    """The ops named, or all. An unknown one ends the command. Makes this checkout's packages importable."""
+    sys.path[:0] = [path for path in (str(ROOT / "kernels"), str(ROOT)) if path not in sys.path]
+    from benchmarks.kernel_cases import OPS
+
+    chosen = tuple(only.split(",")) if only else OPS
+    for op in chosen:
+        if op not in OPS:
+            parser.error(f"--only: expected some of {', '.join(OPS)}, got {op!r}")
+    return chosen
 
 
 def say(text: str) -> None:
@@ -122,26 +138,35 @@ def run_until(command: list[str], end: float, log: Path, env: dict[str, str]) ->
     return code
 
 
-def _pytest(target: str, *options: str) -> list[str]:
+def _pytest(*options: str) -> list[str]:
     # --noconftest: tests/conftest.py wants pyarrow and yaml, which a bare machine lacks.
-    return [sys.executable, "-m", "pytest", target, "--noconftest", "-v", "-rfEs", "--tb=short", *options]
+    return [sys.executable, "-m", "pytest", "--noconftest", "-v", "-rfEs", "--tb=short", *options]
 
 
-def run_tests(out: Path, end: float) -> bool:
+def selected_tests(only: Sequence[str]) -> list[str]:
+    """pytest's arguments: every file of gpu tests, without the tests that name but ops left out."""
+    from benchmarks.kernel_cases import OPS
+
+    files = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests" / "kernels").glob("test_gpu*.py"))
+    left_out = [op for op in OPS if op not in only]
+    narrowed = ["-k", f"{' or '.join(only)} or not ({' or '.join(left_out)})"] if left_out else []
+    return [*files, "-m", "gpu", *narrowed]
+
+
+def run_tests(out: Path, end: float, only: Sequence[str]) -> bool:
     """The tests marked gpu; whether they all ran and passed."""
     if not has("pytest"):
         say("pytest is missing: the gpu tests were not run")
         return False
     say(f"gpu tests, at most {end - time.time():.0f} s")
-    command = _pytest("tests/kernels/test_gpu.py", "-m", "gpu", f"--junitxml={out / 'tests.xml'}")
+    command = _pytest(*selected_tests(only), f"--junitxml={out / 'tests.xml'}")
     code = run_until(command, end, out / "tests.log", environment())
     say("gpu tests " + {0: "passed", None: "were stopped: out of time"}.get(code, f"failed (pytest exit code {code})"))
     return code == 0
 
 
-def run_benchmarks(out: Path, end: float, machine: dict[str, Any], *, rehearse: bool) -> bool:
-    """All cases until the time is used up; whether none of our kernels failed."""
-    sys.path[:0] = [path for path in (str(ROOT / "kernels"), str(ROOT)) if path not in sys.path]
+def run_benchmarks(out: Path, end: float, machine: dict[str, Any], only: tuple[str, ...], *, rehearse: bool) -> bool:
+    """All cases of the ops until the time is used up; whether none of our kernels failed."""
     from benchmarks.gpu_session import Session, Settings, benchmark_json
 
     def measure_all(settings: Settings) -> None:
@@ -152,7 +177,7 @@ def run_benchmarks(out: Path, end: float, machine: dict[str, Any], *, rehearse: 
     lines_file, json_file = out / "kernels.jsonl", out / "kernels.json"
     for file in (lines_file, json_file):
         file.unlink(missing_ok=True)
-    settings = Settings(end - _GRACE_SECONDS, str(lines_file), 0.0 if rehearse else 2.0, rehearse)
+    settings = Settings(end - _GRACE_SECONDS, str(lines_file), 0.0 if rehearse else 2.0, rehearse, only)
     say(f"benchmarks, {end - time.time():.0f} s")
     code: int | None = 0
     if has("pytest_benchmark"):
@@ -174,6 +199,7 @@ def run_benchmarks(out: Path, end: float, machine: dict[str, Any], *, rehearse: 
         found["machine_info"] = machine | {"node": found["machine_info"]}
     else:
         found = benchmark_json(lines, machine)
+    found["planned"] = Session(settings).case_names
     found["not_measured"] = reasons(lines)
     json_file.write_text(json.dumps(found) + "\n")
     for reason in found["not_measured"]:

@@ -12,13 +12,12 @@ from typing import Any
 import torch
 from pico_kernels._triton import PICO_SHAPES
 
-from benchmarks.kernel_cases import DIRECTIONS, OPS, Case, cases
-from benchmarks.kernel_clocks import Clock, clock_for, copy_bandwidth
-from benchmarks.kernel_opponents import NAMES
-from benchmarks.kernel_timing import COPY, NotEnoughMemoryError, lines_of, measure
+from benchmarks.kernel_cases import COPY, OPS, OURS, ROPE, THEIRS, Case, cases
+from benchmarks.kernel_clocks import Ceilings, Clock, ceilings, clock_for
+from benchmarks.kernel_timing import NotEnoughMemoryError, lines_of, measure
 
 VARIABLE = "PICO_GPU_BENCHMARK"
-DIRECTION_OPPONENTS = [(direction, name) for direction in DIRECTIONS for name in (*NAMES, COPY)]
+_ALSO_TIMED = {"attention": (ROPE,), "linear_cross_entropy": ()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,13 +25,14 @@ class Settings:
     """What ``benchmarks.gpu`` tells the pytest it starts, as JSON in one environment variable.
 
     ``deadline``: time.time() after which no further case is begun; ``lines``: file that gets a JSON line per result;
-    ``rehearse``: a CPU and tiny shapes, to try the machinery.
+    ``rehearse``: a CPU and tiny shapes, to try the machinery; ``only``: the ops to measure.
     """
 
     deadline: float | None = None
     lines: str | None = None
     seconds_per_case: float = 2.0
     rehearse: bool = False
+    only: tuple[str, ...] = OPS
 
     def to_environment(self) -> dict[str, str]:
         """The variable to set."""
@@ -45,12 +45,14 @@ class Session:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.unavailable = None if settings.rehearse or torch.cuda.is_available() else "no CUDA device"
-        chosen = [Case(op, PICO_SHAPES[0], 16, seq_len=8) for op in OPS] if settings.rehearse else cases()
+        tiny = dataclasses.replace(PICO_SHAPES[0], vocab=131)  # the interpreter is slow
+        rehearsed = [Case(op, tiny, 16, seq_len=8) for op in OPS if op in settings.only]
+        chosen = rehearsed if settings.rehearse else cases(settings.only)
         self._cases = {case.name: case for case in chosen}
         self._lines: dict[str, dict[tuple[str, str], dict[str, Any]]] = {}
         self._device = torch.device("cpu" if settings.rehearse else "cuda")
         self._clock: Clock | None = None
-        self._copy_bytes_per_second = 0.0
+        self._ceilings = Ceilings(0.0, 0.0)
 
     @classmethod
     def from_environment(cls) -> Session:
@@ -61,6 +63,16 @@ class Session:
     def case_names(self) -> list[str]:
         """All cases, in the order in which they are worth measuring."""
         return list(self._cases)
+
+    @property
+    def points(self) -> list[tuple[str, str, str]]:
+        """All there is to ask :meth:`line` for: case, direction, opponent; a case's own follow one another."""
+        return [
+            (case.name, direction, name)
+            for case in self._cases.values()
+            for direction in case.directions
+            for name in (*OURS[case.op], *THEIRS[case.op], *_ALSO_TIMED.get(case.op, (COPY,)))
+        ]
 
     def line(self, case: str, direction: str, opponent: str) -> dict[str, Any]:
         """The result, or ``{"reason": why there is none, "is_error": ours is wrong}``."""
@@ -76,14 +88,14 @@ class Session:
             return self._keep(case, {"": "the time is used up"}, [])
         if self._clock is None:
             self._clock = clock_for(self._device)
-            self._copy_bytes_per_second = copy_bandwidth(self._device, self._clock)
+            self._ceilings = ceilings(self._device, self._clock)
         try:
             result = measure(case, self._device, self._clock, settings.seconds_per_case)
         except (NotEnoughMemoryError, torch.cuda.OutOfMemoryError) as error:
             return self._keep(case, {"": f"not enough memory: {error}"}, [])
         except Exception as error:  # a device error stays for the rest of the process: keep what there is
             return self._keep(case, {"": f"measuring failed: {type(error).__name__}: {error}"}, [])
-        return self._keep(case, result.refused, lines_of(result, self._copy_bytes_per_second))
+        return self._keep(case, result.refused, lines_of(result, self._ceilings))
 
     def _keep(
         self, case: Case, refused: dict[str, str], lines: list[dict[str, Any]]
@@ -91,9 +103,8 @@ class Session:
         """Index the results, and append them to the file."""
         kept = {(line["opponent"], line["direction"]): line for line in lines}
         for name, reason in refused.items():
-            is_error = reason.startswith("measuring failed") or (
-                name in ("triton", "torch") and reason.startswith("not timed")
-            )
+            refused_ours = name in OURS[case.op] and reason.startswith("not timed")
+            is_error = refused_ours or reason.startswith("measuring failed")
             kept[name, ""] = {"case": case.name, "opponent": name, "reason": reason, "is_error": is_error}
         if self.settings.lines:
             with Path(self.settings.lines).open("a") as file:

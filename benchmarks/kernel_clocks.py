@@ -1,14 +1,16 @@
-"""Stopwatches for work on a device, and the copy bandwidth that results are compared with."""
+"""Stopwatches for work on a device, and the copy bandwidth and matmul rate that results are compared with."""
 
 from __future__ import annotations
 
 import statistics
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
 _COPY_BYTES = 1 << 30  # per buffer: far past any L2
+_MATMUL_SIZE = {"cuda": 8192, "cpu": 128}  # 1.1 TFLOP: 1.4 ms at 790 TFLOP/s
 
 
 class CpuClock:
@@ -26,7 +28,11 @@ class CpuClock:
 
     def free_bytes(self) -> float:
         """Memory that a case may take."""
-        return 1 << 30
+        return 1 << 28
+
+    def peak_bytes(self, work: Callable[[], object]) -> int | None:
+        """Not known on a CPU."""
+        return None
 
 
 class CudaClock:
@@ -72,6 +78,15 @@ class CudaClock:
         torch.cuda.empty_cache()
         return 0.9 * torch.cuda.mem_get_info(self._device)[0]
 
+    def peak_bytes(self, work: Callable[[], object]) -> int | None:
+        """The most memory that ``work()`` held at once, beyond what was allocated before."""
+        torch.cuda.synchronize(self._device)
+        torch.cuda.reset_peak_memory_stats(self._device)
+        before = torch.cuda.memory_allocated(self._device)
+        work()
+        torch.cuda.synchronize(self._device)
+        return torch.cuda.max_memory_allocated(self._device) - before
+
 
 Clock = CpuClock | CudaClock
 
@@ -103,3 +118,26 @@ def copy_bandwidth(device: torch.device, clock: Clock) -> float:
         buffers.copy()
     rounds = [clock.seconds(buffers.copy, 1e-3) for _ in range(15)]
     return buffers.pairs * 2 * size / statistics.median(rounds)
+
+
+def matmul_rate(device: torch.device, clock: Clock) -> float:
+    """FLOP per second of a large square bfloat16 product by the vendor's library: the ceiling of an op of products."""
+    size = _MATMUL_SIZE[device.type]
+    a, b = torch.randn(2, size, size, device=device).bfloat16()
+    out = torch.empty_like(a)
+    for _ in range(3):
+        torch.mm(a, b, out=out)
+    rounds = [clock.seconds(lambda: torch.mm(a, b, out=out), 1e-3) for _ in range(15)]
+    return 2 * size**3 / statistics.median(rounds)
+
+
+class Ceilings(NamedTuple):
+    """What the card reaches in this run: the rates that percentages are of."""
+
+    copy_bytes_per_second: float
+    matmul_flops_per_second: float
+
+
+def ceilings(device: torch.device, clock: Clock) -> Ceilings:
+    """Measure both."""
+    return Ceilings(copy_bandwidth(device, clock), matmul_rate(device, clock))

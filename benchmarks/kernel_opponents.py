@@ -1,39 +1,23 @@
 """Who is measured on each op: our implementations, the twin compiled, ATen's own, and other libraries where they are.
 
 An opponent computes the same function, but may round elsewhere, want its heads transposed or its weight in the input's
-dtype, or write over its arguments; :class:`Opponent` says which.
+dtype, or write over its arguments; :class:`~benchmarks.kernel_opponent.Opponent` says which. Those of attention and
+the loss: :mod:`benchmarks.kernel_matrix_opponents`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pico_kernels as pk
 import torch
 from torch.nn import functional
 
-from benchmarks.kernel_cases import EPS, Case
-
-Tensors = tuple[torch.Tensor, ...]
-OURS = ("triton", "torch", "reference")
-THEIRS = ("torch.compile", "aten", "liger", "apex")
-NAMES = (*OURS, *THEIRS)
-
-
-@dataclass(frozen=True)
-class Opponent:
-    """``call(*prepare(inputs))`` gives the op's outputs in the layout of ``truth(*prepare(inputs))``.
-
-    ``overwrites``: the call or its backward writes over inputs or incoming gradients, which must be restored.
-    """
-
-    name: str
-    call: Callable[..., Tensors]
-    truth: Callable[..., Tensors]
-    prepare: Callable[[Sequence[torch.Tensor]], Sequence[torch.Tensor]] = tuple
-    overwrites: bool = False
+from benchmarks.kernel_cases import EPS, OURS, Case
+from benchmarks.kernel_matrix_opponents import attention_opponents, loss_opponents
+from benchmarks.kernel_opponent import Opponent, Tensors, gather, narrow_weight
 
 
 def make_inputs(case: Case, device: torch.device, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Tensors:
@@ -47,9 +31,12 @@ def make_inputs(case: Case, device: torch.device, dtype: torch.dtype = torch.bfl
         return torch.randn(*shape, generator=generator, device=device, dtype=torch.float32).to(dtype)
 
     shape = case.shape
-    if case.op == "rope":
+    if case.op == "linear_cross_entropy":  # logits of unit variance
+        weight = draw(shape.vocab, shape.d_model).float() * shape.d_model**-0.5
+        return draw(case.tokens, shape.d_model), weight.to(dtype).float()
+    if case.op in ("rope", "attention"):
         batch = max(1, case.tokens // case.seq_len)
-        heads = (shape.n_heads, shape.n_kv_heads)
+        heads = (shape.n_heads, shape.n_kv_heads, *((shape.n_kv_heads,) if case.op == "attention" else ()))
         return tuple(draw(batch, case.tokens // batch, count, shape.head_dim) for count in heads)
     if case.op == "swiglu":
         return draw(case.tokens, shape.hidden), draw(case.tokens, shape.hidden)
@@ -72,38 +59,34 @@ def bind(case: Case, function: Callable[..., Any], device: torch.device, style: 
     return lambda *tensors: _tuple(function(*tensors, EPS))
 
 
-def _narrow_weight(inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
-    return *inputs[:-1], inputs[-1].to(inputs[0].dtype)
-
-
 def _heads_first(inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
     return tuple(tensor.transpose(1, 2) for tensor in inputs)
 
 
 def opponents(case: Case, device: torch.device) -> tuple[list[Opponent], dict[str, str]]:
     """Those who can be had here, and for the others by name the reason why not."""
-    twin = pk.OPS[case.op]["reference"]
-    truth = bind(case, twin, device)
-    found: list[Opponent] = []
-    missing: dict[str, str] = {}
-    for name in OURS:
-        try:  # the bare implementation: what a decoder calls through its KernelSet
-            kernels = pk.KernelSet.from_config({"default": "reference", case.op: name}, device)
-        except ValueError as error:
-            missing[name] = str(error)
-            continue
-        found.append(Opponent(name, bind(case, getattr(kernels, case.op), device), truth))
-    makers = {"torch.compile": _compiled, "aten": _aten, "liger": _liger, "apex": _apex}
-    for name, make in makers.items():
-        opponent = make(case, device, truth)
-        if isinstance(opponent, str):
-            missing[name] = opponent
-        else:
-            found.append(opponent)
-    return found, missing
+    if case.op == "attention":
+        return attention_opponents(case, device)
+    if case.op == "linear_cross_entropy":
+        return loss_opponents(case, device)
+    truth = bind(case, pk.OPS[case.op]["reference"], device)
+    theirs = {"torch.compile": _compiled, "aten": _aten, "liger": _liger, "apex": _apex}
+    return gather(
+        {name: partial(_ours, name, case, device, truth) for name in OURS[case.op]}
+        | {name: partial(make, case, device, truth) for name, make in theirs.items()}
+    )
 
 
 # Each maker returns the opponent, or why it cannot be had here.
+
+
+def _ours(name: str, case: Case, device: torch.device, truth: Callable) -> Opponent | str:
+    """The bare implementation: what a decoder calls through its KernelSet."""
+    try:
+        kernels = pk.KernelSet.from_config({"default": "reference", case.op: name}, device)
+    except ValueError as error:
+        return str(error)
+    return Opponent(name, bind(case, getattr(kernels, case.op), device), truth)
 
 
 def _compiled(case: Case, device: torch.device, truth: Callable) -> Opponent | str:
@@ -125,9 +108,9 @@ def _aten(case: Case, device: torch.device, truth: Callable) -> Opponent | str:
         return functional.rms_norm(total, width, weight, EPS), total
 
     if case.op == "rms_norm":  # the fused kernel takes one dtype only, so the weight is narrow
-        return Opponent("aten", norm, truth, _narrow_weight)
+        return Opponent("aten", norm, truth, narrow_weight)
     if case.op == "add_rms_norm":
-        return Opponent("aten", add_norm, truth, _narrow_weight)
+        return Opponent("aten", add_norm, truth, narrow_weight)
     return f"ATen has no {case.op} of its own (the twin and `torch` are built of ATen)"
 
 
@@ -170,4 +153,4 @@ def _apex(case: Case, device: torch.device, truth: Callable) -> Opponent | str:
     except Exception as error:
         return f"no apex.normalization.FusedRMSNorm: {type(error).__name__}: {error}"
     width = (case.shape.d_model,)
-    return Opponent("apex", lambda x, weight: (fused_rms_norm_affine(x, weight, width, EPS),), truth, _narrow_weight)
+    return Opponent("apex", lambda x, weight: (fused_rms_norm_affine(x, weight, width, EPS),), truth, narrow_weight)

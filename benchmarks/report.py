@@ -2,9 +2,10 @@
 
 Benchmarks of one group are one table: a row per parameters, a column per opponent (the parameter ``opponent`` or
 ``impl``), median times. Our fastest kind, ``triton`` where there is one and else ``torch``, is the subject: every
-other time is also given as a multiple of it. Where the JSON knows them, the bytes an op must move, the percent of the
-measured copy bandwidth, the host time per call and the targets met are there too. DIR (default: beside FILE) gets
-FILE's name with ``.md``, and a PNG per group if matplotlib is installed.
+other time is also given as a multiple of it. Where the JSON knows them, the bytes an op must move or the products it
+must take, the percent of the copy bandwidth or matmul rate of the same run, the host time per call, peak memory and the
+targets met are there too. DIR (default: beside FILE) gets FILE's name with ``.md``, and a PNG per group if matplotlib
+is installed.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.kernel_cases import ROPE
 from benchmarks.kernel_targets import target_lines
 
 SUBJECTS = ("triton", "torch")
+CEILINGS = {"percent_of_copy": "copy bandwidth", "percent_of_matmul": "matmul rate"}
 
 
 class ReportError(Exception):
@@ -39,8 +42,15 @@ class Row:
 
     @property
     def percent(self) -> float | None:
-        """Percent of the copy bandwidth measured in the same run."""
-        return self.extra.get("percent_of_copy")
+        """Percent of the copy bandwidth or the matmul rate measured in the same run."""
+        return next((self.extra[key] for key in CEILINGS if key in self.extra), None)
+
+    @property
+    def work(self) -> str:
+        """What the op must do: ``100.0 MB`` to move or ``2.5 TFLOP`` to compute; empty where that is not known."""
+        if "flops" in self.extra:
+            return f"{self.extra['flops'] / 1e12:.3g} TFLOP"
+        return f"{self.extra['bytes'] / 1e6:.1f} MB" if "bytes" in self.extra else ""
 
     @property
     def wall_seconds(self) -> float | None:
@@ -56,17 +66,22 @@ class Group:
     rows: dict[tuple[str, str], Row]
 
     @property
+    def shown(self) -> list[Row]:
+        """All but the rotation timed beside attention, which has a table of its own."""
+        return [row for row in self.rows.values() if row.opponent != ROPE]
+
+    @property
     def variants(self) -> list[str]:
         """Row labels: by tokens and width where those are known."""
         rows = list(self.rows.values())
         if all("d_model" in row.extra for row in rows):
-            rows.sort(key=lambda row: (row.extra["tokens"], row.extra["d_model"]))
+            rows.sort(key=lambda row: (row.extra["tokens"], row.extra.get("seq_len", 0), row.extra["d_model"]))
         return list(dict.fromkeys(row.variant for row in rows))
 
     @property
     def opponents(self) -> list[str]:
         """Column labels, the subject first."""
-        names = list(dict.fromkeys(opponent for _, opponent in self.rows))
+        names = dict.fromkeys(row.opponent for row in self.shown)
         return sorted(names, key=lambda name: name != self.subject)
 
     @property
@@ -74,6 +89,11 @@ class Group:
         """The opponent that the others are compared with."""
         names = {opponent for _, opponent in self.rows}
         return next((name for name in SUBJECTS if name in names), None)
+
+    @property
+    def ceiling(self) -> str | None:
+        """What percentages are of."""
+        return next((text for key, text in CEILINGS.items() if any(key in row.extra for row in self.shown)), None)
 
     def ratio(self, row: Row) -> float | None:
         """Its time over the subject's; None for the subject and where that was not measured."""
@@ -110,6 +130,7 @@ def _row(benchmark: dict[str, Any]) -> Row:
     opponent = extra.get("opponent") or params.get("opponent") or params.get("impl") or benchmark["name"]
     if "d_model" in extra:
         variant = f"{extra['size']}, d {extra['d_model']}, {extra['tokens'] / 1024:g}k tokens"
+        variant += f", sequences of {extra['seq_len']}" if extra["op"] == "attention" else ""
     else:
         variant = ", ".join(value for key, value in params.items() if key not in ("impl", "opponent"))
     group = benchmark.get("group") or benchmark["name"].partition("[")[0]
@@ -138,13 +159,19 @@ def markdown(found: dict[str, Any], groups: list[Group], plots: dict[str, str]) 
     versions = [f"{name} {machine[name]}" for name in ("torch", "triton", "cuda") if machine.get(name)]
     date = machine.get("date") or str(found.get("datetime") or "")[:10]
     lines = ["# Benchmarks", "", ", ".join(filter(None, [device, *versions, date])) + ".", ""]
-    rates = {row.extra["copy_bytes_per_second"] for g in groups for row in g.rows.values() if row.percent is not None}
-    lines += [f"Copy bandwidth measured in this run: {rate / 1e12:.2f} TB/s (100 %).\n" for rate in sorted(rates)]
-    lines += target_lines([row.extra | {"seconds": row.seconds} for g in groups for row in g.rows.values()])
+    measured = [row.extra | {"seconds": row.seconds} for g in groups for row in g.rows.values()]
+    for key, what, unit in (
+        ("copy_bytes_per_second", "Copy bandwidth", "TB/s"),
+        ("matmul_flops_per_second", "Matmul rate in bfloat16", "TFLOP/s"),
+    ):
+        for rate in sorted({extra[key] for extra in measured if key in extra}):
+            lines += [f"{what} measured in this run: {rate / 1e12:.2f} {unit} (100 %).", ""]
+    lines += target_lines(measured, found.get("planned") or ())
     for group in groups:
-        lines += [f"## {group.name}", "", *_time_table(group), *_wall_table(group)]
+        lines += [f"## {group.name}", "", *_time_table(group), *_wall_table(group), *_memory_table(group)]
         if group.name in plots:
             lines += [f"![{group.name}]({plots[group.name]})", ""]
+    lines += _rope_table(measured)
     if found.get("not_measured"):
         lines += ["## Not measured", "", *(f"- {reason}" for reason in found["not_measured"]), ""]
     return "\n".join(lines)
@@ -164,23 +191,24 @@ def _cell(group: Group, row: Row | None) -> str:
         return ""
     ratio = group.ratio(row)
     notes = [] if ratio is None else [f"{ratio:.2f}x"]
+    notes += [f"{row.extra['flops'] / row.seconds / 1e12:.3g} TFLOP/s"] if "flops" in row.extra else []
     notes += [] if row.percent is None else [f"{row.percent:.0f} %"]
     return time_text(row.seconds) + (f" ({', '.join(notes)})" if notes else "")
 
 
 def _time_table(group: Group) -> list[str]:
-    sized = any("bytes" in row.extra for row in group.rows.values())
+    sized = any(row.work for row in group.rows.values())
     rows = []
     for variant in group.variants:
         cells = [group.rows.get((variant, opponent)) for opponent in group.opponents]
-        size = next((f"{cell.extra['bytes'] / 1e6:.1f}" for cell in cells if cell and "bytes" in cell.extra), "")
+        size = next((cell.work for cell in cells if cell and cell.work), "")
         rows.append([variant, *([size] if sized else []), *(_cell(group, cell) for cell in cells)])
-    return _table(["", *(["floor, MB"] if sized else []), *group.opponents], rows)
+    return _table(["", *(["at least"] if sized else []), *group.opponents], rows)
 
 
 def _wall_table(group: Group) -> list[str]:
     """Host time per call: what a model that is not captured in a graph pays for small shapes."""
-    if all(row.wall_seconds is None for row in group.rows.values()):
+    if all(row.wall_seconds is None for row in group.shown):
         return []
     rows = []
     for variant in group.variants:
@@ -189,12 +217,44 @@ def _wall_table(group: Group) -> list[str]:
     return ["Eager wall time per call:", "", *_table(["", *group.opponents], rows)]
 
 
+def _memory_table(group: Group) -> list[str]:
+    """The most memory that forward and backward held at once, beyond the inputs."""
+    if all(row.extra.get("peak_bytes") is None for row in group.shown):
+        return []
+    rows = []
+    for variant in group.variants:
+        found = [
+            row.extra.get("peak_bytes") if (row := group.rows.get((variant, n))) else None for n in group.opponents
+        ]
+        rows.append([variant, *("" if peak is None else f"{peak / 1e6:.0f} MB" for peak in found)])
+    return ["Peak memory of forward and backward beyond the inputs:", "", *_table(["", *group.opponents], rows)]
+
+
+def _rope_table(measured: list[dict[str, Any]]) -> list[str]:
+    """What rotating q and k beforehand adds to attention: the most that fusing the two could save."""
+    steps: dict[tuple[str, int, int], dict[str, list[float]]] = {}
+    for line in measured:
+        if line.get("op") == "attention":
+            key = line["size"], line["head_dim"], line["seq_len"]
+            steps.setdefault(key, {}).setdefault(line["opponent"], []).append(line["seconds"])
+    rows = []
+    for (size, head_dim, seq_len), found in steps.items():
+        name = "auto" if "auto" in found else "triton"
+        rope, attention = found.get(ROPE, []), found.get(name, [])
+        if len(rope) == len(attention) == 2:
+            share = f"{100 * sum(rope) / sum(attention):.0f} %"
+            times = [time_text(sum(rope)), time_text(sum(attention)), name]
+            rows.append([f"{size}, head_dim {head_dim}, sequences of {seq_len}", *times, share])
+    heads = ["", "rope", "attention", "by", "share"]
+    return ["## RoPE beside attention, forward + backward", "", *_table(heads, rows)] if rows else []
+
+
 def plot(group: Group, path: Path) -> None:
-    """Bars: percent of the copy bandwidth, or, where there is no ceiling, time as a multiple of the subject's."""
+    """Bars: percent of the ceiling, or, where there is none, time as a multiple of the subject's."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    ceiling = any(row.percent is not None for row in group.rows.values())
+    ceiling = group.ceiling
     figure = Figure(figsize=(max(6.0, 2.0 + 1.6 * len(group.variants)), 4.2), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
@@ -212,7 +272,7 @@ def plot(group: Group, path: Path) -> None:
     axes.axhline(100 if ceiling else 1, color="black", linewidth=0.8)
     labels = [variant.replace(", ", "\n") for variant in group.variants]
     axes.set_xticks(range(len(labels)), labels, fontsize=8)
-    axes.set_ylabel("percent of the copy bandwidth" if ceiling else f"time, multiple of {group.subject or 'itself'}")
+    axes.set_ylabel(f"percent of the {ceiling}" if ceiling else f"time, multiple of {group.subject or 'itself'}")
     axes.set_title(f"{group.name} ({'higher' if ceiling else 'lower'} is better)")
     axes.margins(y=0.12)
     figure.legend(loc="outside lower center", ncols=4, fontsize=8, frameon=False)

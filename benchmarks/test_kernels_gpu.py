@@ -1,4 +1,4 @@
-"""The pointwise ops on a GPU against every opponent there is: ``python -m benchmarks.gpu`` runs this within a budget.
+"""The ops on a GPU against every opponent there is: ``python -m benchmarks.gpu`` runs this within a budget.
 
 ``python -m pytest benchmarks/test_kernels_gpu.py --benchmark-json FILE`` works too. A case's opponents are timed in
 turn when its first test asks; each test then hands its rounds to pytest-benchmark through :class:`ReplayClock`, as
@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.gpu_session import DIRECTION_OPPONENTS, Session
+from benchmarks.gpu_session import Session
 
 SESSION = Session.from_environment()
 
@@ -43,8 +43,7 @@ CLOCK = ReplayClock()
 
 @pytest.mark.skipif(SESSION.unavailable is not None, reason=str(SESSION.unavailable))
 @pytest.mark.benchmark(timer=replayed_device_time)
-@pytest.mark.parametrize(("direction", "opponent"), DIRECTION_OPPONENTS)
-@pytest.mark.parametrize("case", SESSION.case_names)
+@pytest.mark.parametrize(("case", "direction", "opponent"), SESSION.points)
 def test_kernel(benchmark: Any, case: str, direction: str, opponent: str) -> None:
     """One opponent in one direction: device seconds per call."""
     line = SESSION.line(case, direction, opponent)

@@ -83,6 +83,20 @@ class Run:
                 f"(training.optimization.max_nonfinite_in_a_row = {limit}); {self._last_good()}"
             )
 
+    def device_assertion(self, error: RuntimeError) -> TrainingError:
+        """What to say of an assertion that failed on the device, where the host reads of it a step late or more.
+
+        Nothing can be saved: every later operation on that device fails too.
+        """
+        return TrainingError(
+            f"an assertion failed on {self.runtime.device}, in step {self.step} or shortly before it "
+            f"({str(error).splitlines()[0]}); a line `Assertion ... failed` above says which one. Most often a token "
+            f"id or label is not in [0, model.vocab_size = {self.config.model.vocab_size}): the rows that are read "
+            "were checked, so look at kernels and code of your own first. The same command with "
+            "training.fabric.accelerator=cpu names the label, with CUDA_LAUNCH_BLOCKING=1 in the environment it stops "
+            f"at the operation. The steps since the last save are lost; {self._last_good()}"
+        )
+
     def _saves_at(self, step: int) -> bool:
         return due(step, self.config.checkpointing) or step == self.config.training.max_steps
 

@@ -64,11 +64,16 @@ def train(config: Config) -> None:
 
     Raises the errors of :data:`USER_ERRORS` before the first step for wrong input; CheckpointError when
     ``checkpointing.max_failed_saves`` saves have failed in a row, or the last one has; TrainingError for a loss that
-    stays non-finite.
+    stays non-finite and for an assertion that failed on the device.
     """
     runtime = start_runtime(config)
     with GracefulStop() as stop, prepare_run(config, runtime, stop) as run:
-        run_steps(run)
+        try:
+            run_steps(run)
+        except RuntimeError as error:  # torch.AcceleratorError, or Triton's own
+            if "device-side assert" not in str(error):
+                raise
+            raise run.device_assertion(error) from error
 
 
 def run_steps(run: Run) -> None:

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -19,6 +20,17 @@ import yaml
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# The same examples in every run, and no limit of milliseconds on an example: the machine may be busy.
+hypothesis.settings.register_profile("tests", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("tests")
+
+THREADS = torch.get_num_threads()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long tests first, so that the workers of ``make test`` end at about the same time."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
 
 @pytest.fixture(scope="session")
 def golden() -> Path:
@@ -27,8 +39,10 @@ def golden() -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _seeded() -> None:
+def _as_if_first() -> None:
+    """What an earlier test leaves behind, the trainer's number of threads for one, does not reach the next."""
     torch.manual_seed(0)
+    torch.set_num_threads(THREADS)
 
 
 @pytest.fixture

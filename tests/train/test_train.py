@@ -13,6 +13,8 @@ import pytest
 import torch
 import yaml
 from pico_kernels import OPS
+from pico_kernels._dispatch import resolve
+from pico_kernels._triton import triton_problem
 
 from pico_fast import run as run_module
 from pico_fast.checkpoint.errors import CheckpointError
@@ -64,18 +66,48 @@ def test_gradients_do_not_depend_on_micro_batches(small_run):
     assert losses[1] == pytest.approx(losses[8], rel=1e-5)
 
 
+def runs_on_a_cpu(op, name):
+    """Triton's kernels do in its interpreter, which is chosen where there is no GPU; flash-attn does not."""
+    try:
+        resolve(op, OPS[op], name, "cpu")
+    except ValueError:
+        return False
+    return True
+
+
 @pytest.mark.parametrize(
     ("op", "implementation"),
-    [(op, name) for op, table in OPS.items() for name in table if name != "reference"],
+    [
+        (op, name)
+        for op, table in OPS.items()
+        for name in table
+        if name not in ("reference", "auto") and runs_on_a_cpu(op, name)
+    ],
 )
 def test_a_config_line_swaps_an_op(small_run, op, implementation):
-    """Triton's kernels run in its interpreter where there is no GPU."""
     losses = {}
     for name in (implementation, "reference"):
-        file = small_run(f"with-{name}", max_steps=4, **{"kernels.default": "reference", f"kernels.{op}": name})
+        # Three steps: the first is taken with a learning rate of 0, so the third loss is the first to see a gradient.
+        file = small_run(f"with-{name}", max_steps=3, **{"kernels.default": "reference", f"kernels.{op}": name})
         assert main(["--config", str(file), "evaluation.metrics=[]"]) == 0
         losses[name] = [entry["loss"] for entry in events(layout_of(file), "train")]
     assert losses[implementation] == pytest.approx(losses["reference"], rel=1e-5)
+
+
+@pytest.mark.skipif(triton_problem("cpu") is not None, reason="Triton's interpreter is not available")
+def test_every_op_by_triton_trains_as_the_reference_does(small_run):
+    losses, weights = {}, {}
+    for name in ("triton", "reference"):
+        settings = {"data.dataloader.batch_size": 4, "training.optimization.gradient_accumulation_steps": 1}
+        file = small_run(f"all-{name}", max_steps=2, **settings, **{"kernels.default": name})
+        assert main(["--config", str(file), "evaluation.metrics=[]"]) == 0
+        losses[name] = [entry["loss"] for entry in events(layout_of(file), "train")]
+        weights[name] = import_model(layout_of(file).step_dir(2))[1]
+    assert losses["triton"] == pytest.approx(losses["reference"], rel=1e-5)
+    for key, expected in weights["reference"].items():
+        torch.testing.assert_close(
+            weights["triton"][key], expected, rtol=1e-3, atol=1e-4, msg=lambda m, k=key: f"{k}: {m}"
+        )
 
 
 def test_a_researchers_own_op(small_run, tmp_path, monkeypatch):
@@ -181,6 +213,51 @@ def test_too_many_nonfinite_losses_in_a_row_stop_the_run(small_run, monkeypatch,
     error = capsys.readouterr().err
     assert "3 steps in a row, up to step 6" in error
     assert "step_4" in error
+
+
+FAILING_LOSS = """
+import torch
+from pico_kernels import linear_cross_entropy
+
+calls = 0
+
+def loss(*arguments, **keywords):
+    global calls
+    calls += torch.is_grad_enabled()
+    if calls > 13:  # two micro-batches a step: the first of step 6
+        raise {error}
+    return linear_cross_entropy(*arguments, **keywords)
+"""
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        "torch.AcceleratorError('CUDA error: device-side assert triggered\\nFor debugging consider ...')",
+        "RuntimeError('Triton Error [CUDA]: device-side assert triggered')",
+    ],
+)
+def test_a_device_side_assertion_ends_the_run_with_one_message(small_run, tmp_path, monkeypatch, capsys, error):
+    name = f"failing_loss_{error.partition('(')[0].replace('.', '_')}"  # a module is imported once in a process
+    (tmp_path / f"{name}.py").write_text(FAILING_LOSS.format(error=error))
+    monkeypatch.syspath_prepend(tmp_path)
+    file = small_run(**{"kernels.linear_cross_entropy": f"{name}:loss"})
+    assert main(["--config", str(file)]) == 1
+    shown = capsys.readouterr().err
+    assert shown.count("\n") == 1
+    for part in ("an assertion failed on cpu, in step 6", "device-side assert triggered)", "model.vocab_size = 64)"):
+        assert part in shown
+    assert "CUDA_LAUNCH_BLOCKING=1" in shown
+    assert shown.endswith("the last checkpoint is " + str(layout_of(file).step_dir(4)) + "\n")
+    assert main(["--config", str(file), "kernels.linear_cross_entropy=auto"]) == 0
+    assert [entry["step"] for entry in events(layout_of(file), "train")] == list(range(8))
+
+
+def test_other_runtime_errors_of_a_kernel_are_shown_as_they_are(small_run, tmp_path, monkeypatch):
+    (tmp_path / "broken_loss.py").write_text(FAILING_LOSS.format(error="RuntimeError('CUDA out of memory')"))
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(RuntimeError, match="CUDA out of memory"):
+        main(["--config", str(small_run(**{"kernels.linear_cross_entropy": "broken_loss:loss"}))])
 
 
 def test_an_evaluation_that_cannot_be_written_does_not_end_the_run(small_run, capsys):
