@@ -44,7 +44,7 @@ LOSS = Case("linear_cross_entropy", replace(SHAPE, vocab=32768), 64)
 """The softmax part of its weight's gradient is 200 times smaller than the labels', as at the tiny size."""
 
 
-def judged(make: Callable[[tuple], tuple]) -> str | None:
+def judged(make: Callable[..., torch.Tensor]) -> str | None:
     """What the gate says of a loss that is ``make(hidden, weight, labels, the true loss)``."""
     inputs, labels = make_inputs(LOSS, CPU), kernel_matrix_opponents.make_labels(LOSS, CPU)
     truth = opponents(LOSS, CPU)[0][0].truth
