@@ -26,9 +26,13 @@ from pico_fast.data.tokenizer import Tokenizer, load_tokenizer
 from pico_fast.flops import flops_per_token, parameter_counts, peak_flops
 from pico_fast.model.build import build_kernels, build_model
 from pico_fast.model.decoder import PicoDecoder
-from pico_fast.monitor import Monitor
+from pico_fast.monitor import Monitor, SilentMonitor
 from pico_fast.optim import build_optimizer
-from pico_fast.run import Run
+from pico_fast.parallel.agreement import from_main, ranks_that_differ, together
+from pico_fast.parallel.data_parallel import parallelise
+from pico_fast.parallel.layout import layout_of
+from pico_fast.parallel.mesh import SINGLE, Parallel
+from pico_fast.run import Run, machine
 from pico_fast.runtime import GracefulStop, Runtime, UsageError
 
 
@@ -77,51 +81,88 @@ def open_inputs(config: Config, runtime: Runtime, kernels: KernelSet) -> Inputs:
 
 
 @contextlib.contextmanager
-def prepare_run(config: Config, runtime: Runtime, stop: GracefulStop) -> Iterator[Run]:
+def prepare_run(config: Config, runtime: Runtime, stop: GracefulStop, parallel: Parallel = SINGLE) -> Iterator[Run]:
     """Open the inputs, lock the run directory, build the model and load the newest good checkpoint.
 
     Nothing is written before everything that the user gave has been looked at. Raises UsageError, DataError,
     TokenizerError, MonitorError or RunLockedError for wrong input, CheckpointError if a run has checkpoints and none
-    of them is good.
+    of them is good. What one rank raises all raise.
     """
     if config.checkpointing.run_name is None:
-        config.checkpointing.run_name = default_run_name()
+        config.checkpointing.run_name = from_main(parallel, default_run_name)
     layout = RunLayout.from_config(config.checkpointing)
-    inputs = open_inputs(config, runtime, build_kernels(config, runtime))
+    with together(parallel):
+        inputs = open_inputs(config, runtime, build_kernels(config, runtime))
+        fingerprint = inputs.rows.fingerprint()
+    _require_same(config, fingerprint, parallel)
     with contextlib.ExitStack() as stack:
-        try:
-            run = _enter_run(stack, config, runtime, layout, inputs, stop)
-        except OSError as error:
+        yield _enter_run(stack, config, runtime, layout, inputs, fingerprint, stop, parallel)
+
+
+def _require_same(config: Config, fingerprint: str, parallel: Parallel) -> None:
+    """Raises UsageError, on all ranks, where one has another configuration or other data: its node has other files."""
+    for what, value in (
+        ("configuration (the file given with --config, and overrides)", to_yaml(config)),
+        (f"dataset (data.dataset.name: {config.data.dataset.name})", fingerprint),
+    ):
+        others = ranks_that_differ(parallel, value)
+        if others:
             raise UsageError(
-                f"{error.filename or layout.root}: {error.strerror or error}; the run directory must be writable "
-                "(checkpointing.runs_dir, checkpointing.run_name) and its disk not full"
-            ) from None
-        yield run
+                f"rank(s) {', '.join(map(str, others))} have another {what} than rank 0; give every node the same"
+            )
+
+
+@contextlib.contextmanager
+def _blaming_run_dir(layout: RunLayout) -> Iterator[None]:
+    """Raises UsageError for an OSError: only the run directory is written to."""
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(
+            f"{error.filename or layout.root}: {error.strerror or error}; the run directory must be writable "
+            "(checkpointing.runs_dir, checkpointing.run_name) and its disk not full"
+        ) from None
 
 
 def _enter_run(
-    stack: contextlib.ExitStack, config: Config, runtime: Runtime, layout: RunLayout, inputs: Inputs, stop: GracefulStop
+    stack: contextlib.ExitStack,
+    config: Config,
+    runtime: Runtime,
+    layout: RunLayout,
+    inputs: Inputs,
+    fingerprint: str,
+    stop: GracefulStop,
+    parallel: Parallel,
 ) -> Run:
-    """Lock, model, checkpoint and monitor; ``stack`` gives back what was taken."""
-    stack.enter_context(RunLock(layout))
-    remove_leftovers(layout)
-    model = build_model(config, inputs.kernels, runtime)
+    """Lock, model, checkpoint and monitor; ``stack`` gives back what was taken. Rank 0 alone locks and writes."""
+    with together(parallel), _blaming_run_dir(layout):
+        if parallel.is_main:
+            stack.enter_context(RunLock(layout))
+            remove_leftovers(layout)
+        model = build_model(config, inputs.kernels, runtime, parallel)
+    loss_function = parallelise(model, runtime, parallel)
     optimizer = build_optimizer(model, config.training.optimization)
-    fingerprint, notes = inputs.rows.fingerprint(), list(inputs.warnings)
-    found = latest_good(layout)
+    notes = list(inputs.warnings)
+    found = latest_good(layout, parallel)
     counters: dict[str, Any] = {"step": 0}
     if found is not None:
         step, state, rejected = found
         notes += [f"step_{damaged} was passed over: {reason}" for damaged, reason in rejected]
-        notes += _resume(config, runtime, layout, state, model, optimizer, fingerprint)
-        durable = step if state.source == "pico-fast" and layout.latest_step() == step else None
+        with together(parallel):
+            notes += _resume(config, runtime, layout, state, model, optimizer, fingerprint, parallel)
+        latest = from_main(parallel, layout.latest_step)
+        durable = step if state.source == "pico-fast" and latest == step else None
         counters = {"step": step, "saved_step": durable, "resumed_step": step}
         counters |= {name: state.meta.get(name, 0) for name in ("nonfinite", "nonfinite_in_a_row")}
-    monitor = stack.enter_context(open_monitor(config, runtime, layout, inputs.rows.row_len - 1, counters))
-    introduce(monitor, config, runtime, layout, inputs, resumed=found is not None)
-    for note in notes:
-        monitor.warning(note)
-    write_config(layout, config)
+    monitor: Monitor | SilentMonitor = SilentMonitor(config)
+    with together(parallel), _blaming_run_dir(layout):
+        if parallel.is_main:
+            seq_len = inputs.rows.row_len - 1
+            monitor = stack.enter_context(open_monitor(config, runtime, layout, seq_len, counters, parallel))
+            introduce(monitor, config, runtime, layout, inputs, parallel, resumed=found is not None)
+            for note in notes:
+                monitor.warning(note)
+            write_config(layout, config)
     return Run(
         config=config,
         runtime=runtime,
@@ -129,11 +170,13 @@ def _enter_run(
         stop=stop,
         monitor=monitor,
         model=model,
+        loss_function=loss_function,
         optimizer=optimizer,
         rows=inputs.rows,
         data_fingerprint=fingerprint,
         tokenizer=inputs.tokenizer,
         documents=inputs.documents,
+        parallel=parallel,
         **counters,
     )
 
@@ -146,6 +189,7 @@ def _resume(
     model: PicoDecoder,
     optimizer: Any,
     fingerprint: str,
+    parallel: Parallel,
 ) -> list[str]:
     """Load ``state``; returns what differs from the run that saved it. Raises UsageError where it cannot go on."""
     if not config.checkpointing.training.auto_resume:
@@ -164,7 +208,7 @@ def _resume(
                 + "; give the old values or another checkpointing.run_name"
             )
         notes += [f"changed since the last checkpoint: {key} was {old!r}, now {new!r}" for key, old, new in changes]
-    for name, old, new in _changes(state.meta.get("machine", {}), runtime.describe()):
+    for name, old, new in _changes(state.meta.get("machine", {}), machine(config, runtime, parallel)):
         notes.append(f"{name} was {old}, now {new}: the run goes on, but not bit for bit as it would have there")
     if state.source == "pico-train":
         saved, now = state.meta["param_groups"][0], optimizer.param_groups[0]
@@ -176,7 +220,7 @@ def _resume(
             f"step {state.step} goes on with rows counted in the new data"
         )
     try:
-        load_state_tensors(model, optimizer, state.tensors)
+        load_state_tensors(model, optimizer, state.tensors, parallel)
     except StateMismatchError as error:
         raise UsageError(f"{layout.step_dir(state.step)}: {error}") from None
     unset = set_rng_state(state.meta.get("rng", {}))
@@ -195,9 +239,17 @@ def _changes(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = ""
 
 
 def open_monitor(
-    config: Config, runtime: Runtime, layout: RunLayout, seq_len: int, counters: Mapping[str, Any]
+    config: Config,
+    runtime: Runtime,
+    layout: RunLayout,
+    seq_len: int,
+    counters: Mapping[str, Any],
+    parallel: Parallel = SINGLE,
 ) -> Monitor:
     """The run's monitor; measures the device's matmul rate (0.2 s) where no vendor figure is known."""
+    peak, source = peak_flops(runtime.device, runtime.compute_dtype)
+    if parallel.active:
+        peak, source = peak * parallel.world_size, f"{source}, times {parallel.world_size} processes"
     return Monitor(
         config,
         run_dir=layout.root,
@@ -207,7 +259,7 @@ def open_monitor(
         start_step=counters["step"],
         tokens_per_step=config.data.dataloader.batch_size * seq_len,
         flops_per_token=flops_per_token(config.model, seq_len),
-        peak=peak_flops(runtime.device, runtime.compute_dtype),
+        peak=(peak, source),
         device=runtime.device,
         resumed="resumed_step" in counters,
         nonfinite_before=counters.get("nonfinite", 0),
@@ -215,7 +267,14 @@ def open_monitor(
 
 
 def introduce(
-    monitor: Monitor, config: Config, runtime: Runtime, layout: RunLayout, inputs: Inputs, *, resumed: bool
+    monitor: Monitor,
+    config: Config,
+    runtime: Runtime,
+    layout: RunLayout,
+    inputs: Inputs,
+    parallel: Parallel,
+    *,
+    resumed: bool,
 ) -> None:
     """Say what runs, on what, where, and what of the configuration this version does not do."""
     wanted = config.training.max_steps * config.data.dataloader.batch_size
@@ -223,6 +282,8 @@ def introduce(
         f"{layout.root}: {parameter_counts(config.model).total:,} parameters, "
         f"{config.training.fabric.precision} on {runtime.device} with {runtime.threads} CPU threads"
     )
+    if parallel.active:
+        monitor.info(f"{parallel.world_size} processes: {layout_of(config.parallel, parallel.world_size)}")
     monitor.info(f"kernels: {shown_kernels(inputs.kernels)}")
     n_rows = inputs.rows.n_rows_known  # of a hub dataset unknown: it would cost a request per shard
     if n_rows is not None and n_rows < wanted:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from pico_fast.model.cache import KVCache
@@ -42,8 +43,9 @@ def generate(
     """Continue ``prompt`` (B, S) int64 by up to ``max_new_tokens``; returns (B, S + new) int64.
 
     ``temperature`` 0 takes the most likely token. A sequence that has written ``eos_id`` is filled with it; generation
-    ends when all have. The same seed gives the same tokens on one machine. Raises ValueError for an empty prompt,
-    settings out of range, and lengths beyond the model's ``max_seq_len``.
+    ends when all have. The same seed gives the same tokens on one machine. Ranks that share the model (tensor
+    parallelism) call it together with the same arguments, and all get what the first of them samples. Raises
+    ValueError for an empty prompt, settings out of range, and lengths beyond the model's ``max_seq_len``.
     """
     batch, length = prompt.shape
     limit = model.config.max_seq_len
@@ -58,7 +60,8 @@ def generate(
         generator.seed()
     else:
         generator.manual_seed(seed)
-    cache = KVCache(model.config, batch, length + max_new_tokens, dtype=model.compute_dtype, device=prompt.device)
+    capacity = length + max_new_tokens
+    cache = KVCache(model.config, batch, capacity, dtype=model.compute_dtype, device=prompt.device, tp=model.tp.size)
     tokens, finished = prompt, torch.zeros(batch, dtype=torch.bool, device=prompt.device)
     unread = prompt
     for _ in range(max_new_tokens):
@@ -70,6 +73,8 @@ def generate(
             scaled = ((logits.double() - best) / temperature).float()  # a tiny temperature must not make inf - inf
             probabilities = filter_logits(scaled, top_k, top_p).softmax(dim=-1)
             unread = torch.multinomial(probabilities, 1, generator=generator)
+        if model.tp.group is not None:
+            dist.broadcast(unread, group=model.tp.group, group_src=0)
         if eos_id is not None:
             unread = torch.where(finished[:, None], eos_id, unread)
             finished = finished | (unread[:, 0] == eos_id)

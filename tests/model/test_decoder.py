@@ -12,10 +12,12 @@ from torch import nn
 
 from pico_fast.config import ModelConfig
 from pico_fast.config_io import load_config
+from pico_fast.flops import parameter_counts
 from pico_fast.model.build import build_model
 from pico_fast.model.cache import KVCache
 from pico_fast.model.decoder import PicoDecoder
 from pico_fast.model.sharding import tensor_parallel_dim
+from pico_fast.parallel.mesh import Axis
 from pico_fast.runtime import Runtime
 
 ROOT = Path(__file__).parents[2]
@@ -169,6 +171,44 @@ def test_bf16_activations_keep_float32_gradients():
 def test_positions_beyond_the_model_are_refused():
     with pytest.raises(ValueError, match=r"25 positions.*max_seq_len is 24"):
         decoder()(torch.zeros(1, 25, dtype=torch.long))
+
+
+def test_the_formula_counts_the_parameters_that_the_table_splits():
+    counts, split, whole = parameter_counts(SMALL), 0, 0
+    for name, parameter in decoder().named_parameters():
+        if tensor_parallel_dim(name) is None:
+            whole += parameter.numel()
+        else:
+            split += parameter.numel()
+    assert (counts.split, counts.total - counts.split) == (split, whole)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_recomputed_parts_have_the_same_gradient_bit_for_bit_and_keep_less(dtype):
+    ids = torch.randint(61, (3, 25))
+    gradients, kept = [], []
+    for recomputed in ("none", "attention", "block"):
+        torch.manual_seed(0)
+        model = PicoDecoder(SMALL, KernelSet.from_config({"default": "torch"}), dtype, recomputed=recomputed)
+        storages = {}
+
+        def note(tensor, storages=storages):
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            loss = model.loss(ids[:, :-1], ids[:, 1:])
+        loss.backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+        kept.append(sum(storages.values()))
+    assert all(map(torch.equal, gradients[0], gradients[1]))
+    assert all(map(torch.equal, gradients[0], gradients[2]))
+    assert kept[0] > kept[1] > kept[2]
+
+
+def test_a_part_of_the_model_needs_sizes_that_divide():
+    with pytest.raises(ValueError, match=r"q_proj.*parallel.tp = 3 does not divide dimension 0 of 32"):
+        PicoDecoder(SMALL, KernelSet.from_config(), tp=Axis(3, 0))
 
 
 def test_the_sharding_table_names_every_parameter_and_splits_into_whole_heads():
