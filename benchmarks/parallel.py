@@ -12,6 +12,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import dataclasses
 import json
 import os
 import statistics
@@ -19,23 +21,26 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pico_fast.parallel.mesh import Parallel
 
 ROOT = Path(__file__).parents[1]
 TINY = Path("configs", "pico-decoder-tiny.yaml")
 SEQUENCE, ROWS, MICRO_BATCHES = 256, 4, 2  # tokens of a row; rows of a micro-batch on one process
-# By number of processes: name to (tp, dp_shard, dp_replicate)
-LAYOUTS = {
-    1: {"one process": (1, 1, 1)},
-    2: {"dp2": (1, 1, 2), "fsdp2": (1, 2, 1), "tp2": (2, 1, 1)},
+LAYOUTS: dict[int, dict[str, dict[str, int]]] = {  # by number of processes and name: sizes of a Layout
+    1: {"one process": {}},
+    2: {"dp2": {"dp_replicate": 2}, "fsdp2": {"dp_shard": 2}, "tp2": {"tp": 2}},
     4: {
-        "dp4": (1, 1, 4),
-        "fsdp4": (1, 4, 1),
-        "hsdp 2x2": (1, 2, 2),
-        "tp4": (4, 1, 1),
-        "tp2 x dp2": (2, 1, 2),
-        "tp2 x fsdp2": (2, 2, 1),
+        "dp4": {"dp_replicate": 4},
+        "fsdp4": {"dp_shard": 4},
+        "hsdp 2x2": {"dp_replicate": 2, "dp_shard": 2},
+        "tp4": {"tp": 4},
+        "tp2 x dp2": {"tp": 2, "dp_replicate": 2},
+        "tp2 x fsdp2": {"tp": 2, "dp_shard": 2},
     },
 }
 
@@ -59,7 +64,7 @@ def rank_main(name: str, steps: int) -> None:
     from pico_fast.optim import build_optimizer
     from pico_fast.parallel.agreement import sum_over_ranks
     from pico_fast.parallel.data_parallel import parallelise
-    from pico_fast.parallel.layout import layout_of
+    from pico_fast.parallel.layout import Layout
     from pico_fast.parallel.mesh import DIMENSIONS, start_parallel, stop_parallel
     from pico_fast.parallel.traffic import step_traffic
     from pico_fast.runtime import start_runtime, world_size
@@ -67,9 +72,9 @@ def rank_main(name: str, steps: int) -> None:
 
     import torch  # isort: skip (after pico_fast, which sets what OpenMP reads when torch is imported)
 
-    sizes = LAYOUTS[world_size()][name]
-    layout = [f"parallel.{name}={size}" for name, size in zip(("tp", "dp_shard", "dp_replicate"), sizes, strict=True)]
-    config = load_config(ROOT / TINY, [*small_decoder(), *layout])
+    layout = Layout(**LAYOUTS[world_size()][name])
+    sizes = [f"parallel.{dimension}={size}" for dimension, size in dataclasses.asdict(layout).items()]
+    config = load_config(ROOT / TINY, [*small_decoder(), *sizes])
     runtime = start_runtime(config)
     parallel = start_parallel(config, runtime.device)
     model = build_model(config, build_kernels(config, runtime), runtime, parallel)
@@ -94,8 +99,7 @@ def rank_main(name: str, steps: int) -> None:
 
     for warm_up in range(2):
         step(warm_up)
-    groups = {dimension: getattr(parallel, dimension).group for dimension in DIMENSIONS}
-    with sent_bytes({group.group_name: name for name, group in groups.items() if group is not None}) as sent:
+    with sent_bytes(parallel) as sent:
         step(2)
     seconds, cpu = [], []
     for number in range(3, steps + 3):
@@ -107,7 +111,7 @@ def rank_main(name: str, steps: int) -> None:
     tokens = ids[..., 1:].numel() * parallel.dp_size
     formula = step_traffic(
         config.model,
-        layout_of(config.parallel, parallel.world_size),
+        layout,
         micro_batches=MICRO_BATCHES,
         tokens=rows * SEQUENCE,
         activation_bytes=4,
@@ -124,18 +128,21 @@ def rank_main(name: str, steps: int) -> None:
     stop_parallel()
 
 
-def sent_bytes(dimensions: dict[str, str]) -> Any:
-    """Context that adds up what this rank sends in ring algorithms; gives a Counter by dimension of the mesh.
+@contextlib.contextmanager
+def sent_bytes(parallel: Parallel) -> Iterator[Counter[str]]:
+    """Add up what this rank sends inside, in ring algorithms; gives a Counter by dimension of the mesh.
 
-    ``dimensions``: names of the mesh's groups to its dimensions; other groups count as ``world``. Raises ValueError
-    for a collective that a step is not known to use.
+    Groups that are none of its dimensions count as ``world``. Broadcasts do not count: DDP sees by one, in its first
+    step, that all ranks have the same parameters. Raises ValueError for a collective that no step is known to use.
     """
-    import contextlib
-
     import torch
     import torch.distributed as dist
     from torch.utils._python_dispatch import TorchDispatchMode
 
+    from pico_fast.parallel.mesh import DIMENSIONS
+
+    groups = {dimension: getattr(parallel, dimension).group for dimension in DIMENSIONS}
+    dimensions = {group.group_name: dimension for dimension, group in groups.items() if group is not None}
     counted: Counter[str] = Counter()
 
     class Mode(TorchDispatchMode):
@@ -149,16 +156,12 @@ def sent_bytes(dimensions: dict[str, str]) -> Any:
                     counted[dimension] += ring * max(args[0].nbytes, args[1].nbytes)
                 elif name in ("c10d::allreduce_", "c10d::allreduce_coalesced_"):
                     counted[dimension] += 2 * ring * sum(tensor.nbytes for tensor in args[0])
-                else:
+                elif name != "c10d::broadcast_":
                     raise ValueError(f"{name}: not known how much it sends")
             return function(*args, **(kwargs or {}))
 
-    @contextlib.contextmanager
-    def counting() -> Any:
-        with Mode():
-            yield counted
-
-    return counting()
+    with Mode():
+        yield counted
 
 
 def measure(world_size: int, name: str, steps: int) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import difflib
 import re
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -206,3 +206,12 @@ def load_config(
 def to_yaml(config: Config) -> str:
     """``config`` as YAML: plain dictionaries, keys in alphabetical order, as pico-train's training_config.yaml."""
     return yaml.safe_dump(dataclasses.asdict(config), sort_keys=True, allow_unicode=True)
+
+
+def changes(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Dotted keys that both have with different values, and the two values."""
+    for name in sorted(set(before) & set(now)):
+        if isinstance(before[name], Mapping) and isinstance(now[name], Mapping):
+            yield from changes(before[name], now[name], f"{prefix}{name}.")
+        elif before[name] != now[name]:
+            yield f"{prefix}{name}", before[name], now[name]

@@ -89,7 +89,6 @@ def _layout_lines(config: Config, layout: Layout, runtime: Runtime, tokens: int,
         micro_batches=config.training.optimization.gradient_accumulation_steps,
         tokens=tokens,
         activation_bytes=runtime.compute_dtype.itemsize,
-        gradient_bytes=runtime.param_dtype.itemsize,
         recomputed=config.parallel.activation_checkpointing,
     )
     return [

@@ -40,6 +40,10 @@ class TrainingError(Exception):
     """Training cannot go on; the message says why and what the last good checkpoint is. Exit code 1."""
 
 
+class DeviceAssertionError(TrainingError):
+    """The device of this rank has failed; the other ranks learn of it only by losing a peer."""
+
+
 def machine(config: Config, runtime: Runtime, parallel: Parallel) -> dict[str, str | int]:
     """What the bits of a result depend on beside the model and its data."""
     return {**runtime.describe(), "layout": str(layout_of(config.parallel, parallel.world_size))}
@@ -126,6 +130,20 @@ class Run:
                 f"(training.optimization.max_nonfinite_in_a_row = {limit}); {self.last_good()}"
             )
 
+    def device_assertion(self, error: RuntimeError) -> DeviceAssertionError:
+        """What to say of an assertion that failed on the device, where the host reads of it a step late or more.
+
+        Nothing can be saved: every later operation on that device fails too.
+        """
+        return DeviceAssertionError(
+            f"an assertion failed on {self.runtime.device}, in step {self.step} or shortly before it "
+            f"({str(error).splitlines()[0]}); a line `Assertion ... failed` above says which one. Most often a token "
+            f"id or label is not in [0, model.vocab_size = {self.config.model.vocab_size}): the rows that are read "
+            "were checked, so look at kernels and code of your own first. The same command with "
+            "training.fabric.accelerator=cpu names the label, with CUDA_LAUNCH_BLOCKING=1 in the environment it stops "
+            f"at the operation. The steps since the last save are lost; {self.last_good()}"
+        )
+
     def _saves_at(self, step: int) -> bool:
         return due(step, self.config.checkpointing) or step == self.config.training.max_steps
 
@@ -173,7 +191,13 @@ class Run:
             self.monitor.info(f"Done: {self.step} steps, in {self.layout.root}")
 
     def save(self, *, last: bool = False) -> None:
-        """Commit a checkpoint of this step. A failure is shown and training goes on, ``max_failed_saves`` times."""
+        """Commit a checkpoint of this step. A failure is shown and training goes on, ``max_failed_saves`` times.
+
+        A failure is a CheckpointError: whatever goes wrong on any rank while files are written, which all ranks are
+        told of. What goes wrong before (no memory to gather the weights, a collective that fails) is not the disk's
+        fault and ends the run, with a traceback where it happened: a rank that fails alone cannot call the others out
+        of a collective, they learn of it as PeerLostError when its process is gone.
+        """
         if self.step == self.saved_step:
             return
         weights = gather_full(self.model, self.parallel) or {}  # the export's, on rank 0

@@ -34,6 +34,11 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def rank() -> int:
+    """This process among those that torchrun started (0 without it)."""
+    return int(os.environ.get("RANK", "0"))
+
+
 def local_world_size() -> int:
     """Processes that torchrun started on this node (1 without it)."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -135,8 +140,9 @@ class GracefulStop:
         if self.received is None:
             self.received, self._first = signal.Signals(number), now
             text = f"\n{self.received.name}: finishing the step, then saving; again: exit at once, unsaved\n"
-            with contextlib.suppress(OSError):  # os.write: print may be interrupted by this very signal
-                os.write(2, text.encode())
+            if rank() == 0:  # torchrun signals every process; the run's last line names a signal to any of them
+                with contextlib.suppress(OSError):  # os.write: print may be interrupted by this very signal
+                    os.write(2, text.encode())
         elif now - self._first > self.same_request_s:
             os._exit(128 + number)  # the last committed checkpoint stands; nothing is half-renamed by this
 

@@ -18,7 +18,7 @@ from pico_fast.checkpoint.rng import set_rng_state
 from pico_fast.checkpoint.save import remove_leftovers
 from pico_fast.checkpoint.state import LoadedState, StateMismatchError, load_state_tensors
 from pico_fast.config import Config
-from pico_fast.config_io import to_yaml
+from pico_fast.config_io import changes, to_yaml
 from pico_fast.data.errors import TokenizerError
 from pico_fast.data.evaluation_documents import Documents, load_documents
 from pico_fast.data.source import TokenRows, open_rows
@@ -30,10 +30,10 @@ from pico_fast.monitor import Monitor, SilentMonitor
 from pico_fast.optim import build_optimizer
 from pico_fast.parallel.agreement import from_main, ranks_that_differ, together
 from pico_fast.parallel.data_parallel import parallelise
-from pico_fast.parallel.layout import layout_of
+from pico_fast.parallel.layout import layout_of, row_problem
 from pico_fast.parallel.mesh import SINGLE, Parallel
 from pico_fast.run import Run, machine
-from pico_fast.runtime import GracefulStop, Runtime, UsageError
+from pico_fast.runtime import GracefulStop, Runtime, UsageError, world_size
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,9 @@ def open_inputs(config: Config, runtime: Runtime, kernels: KernelSet) -> Inputs:
             f"{dataset.name} has rows of {rows.row_len} ids: the model sees {rows.row_len - 1} tokens at a time, "
             f"less than model.max_seq_len = {model.max_seq_len}"
         )
+    problem = row_problem(config, rows.row_len - 1, world_size())
+    if problem is not None:
+        raise UsageError(f"data.dataset.name: {dataset.name} {problem}")
     tokenizer = None
     try:
         tokenizer = load_tokenizer(config.data.tokenizer.name)
@@ -94,22 +97,19 @@ def prepare_run(config: Config, runtime: Runtime, stop: GracefulStop, parallel: 
     with together(parallel):
         inputs = open_inputs(config, runtime, build_kernels(config, runtime))
         fingerprint = inputs.rows.fingerprint()
-    _require_same(config, fingerprint, parallel)
+    _require_same_data(config, fingerprint, parallel)
     with contextlib.ExitStack() as stack:
         yield _enter_run(stack, config, runtime, layout, inputs, fingerprint, stop, parallel)
 
 
-def _require_same(config: Config, fingerprint: str, parallel: Parallel) -> None:
-    """Raises UsageError, on all ranks, where one has another configuration or other data: its node has other files."""
-    for what, value in (
-        ("configuration (the file given with --config, and overrides)", to_yaml(config)),
-        (f"dataset (data.dataset.name: {config.data.dataset.name})", fingerprint),
-    ):
-        others = ranks_that_differ(parallel, value)
-        if others:
-            raise UsageError(
-                f"rank(s) {', '.join(map(str, others))} have another {what} than rank 0; give every node the same"
-            )
+def _require_same_data(config: Config, fingerprint: str, parallel: Parallel) -> None:
+    """Raises UsageError, on all ranks, where one has other data: its node has other files."""
+    others = ranks_that_differ(parallel, fingerprint)
+    if others:
+        raise UsageError(
+            f"rank(s) {', '.join(map(str, others))} have another dataset (data.dataset.name: "
+            f"{config.data.dataset.name}) than rank 0; give every node the same"
+        )
 
 
 @contextlib.contextmanager
@@ -200,15 +200,15 @@ def _resume(
     notes = list(state.warnings)
     before = state.meta.get("config")
     if before is not None:
-        changes = list(_changes(before, dataclasses.asdict(config)))
-        if any(key.startswith("model.") for key, _, _ in changes):
+        changed = list(changes(before, dataclasses.asdict(config)))
+        if any(key.startswith("model.") for key, _, _ in changed):
             raise UsageError(
                 f"{layout.step_dir(state.step)} is of another model: "
-                + "; ".join(f"{key} was {old}, now {new}" for key, old, new in changes if key.startswith("model."))
+                + "; ".join(f"{key} was {old}, now {new}" for key, old, new in changed if key.startswith("model."))
                 + "; give the old values or another checkpointing.run_name"
             )
-        notes += [f"changed since the last checkpoint: {key} was {old!r}, now {new!r}" for key, old, new in changes]
-    for name, old, new in _changes(state.meta.get("machine", {}), machine(config, runtime, parallel)):
+        notes += [f"changed since the last checkpoint: {key} was {old!r}, now {new!r}" for key, old, new in changed]
+    for name, old, new in changes(state.meta.get("machine", {}), machine(config, runtime, parallel)):
         notes.append(f"{name} was {old}, now {new}: the run goes on, but not bit for bit as it would have there")
     if state.source == "pico-train":
         saved, now = state.meta["param_groups"][0], optimizer.param_groups[0]
@@ -227,15 +227,6 @@ def _resume(
     if unset:
         notes.append(f"random generators not in the checkpoint, left as they are: {', '.join(unset)}")
     return notes
-
-
-def _changes(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Dotted keys whose values differ, with both values."""
-    for name in sorted(set(before) & set(now)):
-        if isinstance(before[name], Mapping) and isinstance(now[name], Mapping):
-            yield from _changes(before[name], now[name], f"{prefix}{name}.")
-        elif before[name] != now[name]:
-            yield f"{prefix}{name}", before[name], now[name]
 
 
 def open_monitor(

@@ -3,6 +3,10 @@
 Every step of a save or load that may fail is an :class:`Outcome`. Rank 0 collects them, decides, and tells all, so that
 all ranks return or all raise the same error. A rank that dies breaks the collective: the others then get torch's own
 RuntimeError, which is no CheckpointError, since training cannot go on.
+
+:mod:`pico_fast.parallel.agreement` lets any error of a rank be raised by all at once; here one rank hears of every
+failure, removes what was written and only then tells. :class:`Ranks` is a class so that tests can let two ranks take
+turns, call by call, in one process.
 """
 
 from __future__ import annotations

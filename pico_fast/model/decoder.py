@@ -25,6 +25,8 @@ import torch.nn.functional as F
 from pico_kernels import KernelSet
 from pico_kernels.rope import rope_tables
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.distributed import ProcessGroup
 from torch.utils.checkpoint import checkpoint
 
 from pico_fast.config import ModelConfig
@@ -33,6 +35,37 @@ from pico_fast.model.sharding import keep_tensor_parallel_part
 from pico_fast.parallel.mesh import ONE, Axis
 from pico_fast.parallel.symmetric_memory import SymmetricMemory
 from pico_fast.parallel.tensor import ALL_TOKENS, AllTokens, ReplicatedTokens, SequenceParallel, gather_tokens
+
+
+class _Lookup(torch.autograd.Function):
+    """Rows of a weight narrower than float32; its gradient is added up in float32 and rounded once.
+
+    ATen's own backward adds in the weight's dtype: in bfloat16 a token's sum stops growing at 256 times its terms (8192
+    terms of 1e-3 come to 0.5), and frequent tokens occur that often.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, ids: Tensor) -> Tensor:
+        ctx.save_for_backward(ids)
+        ctx.vocab_size, ctx.dtype = weight.shape[0], weight.dtype
+        return F.embedding(ids, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (ids,) = ctx.saved_tensors
+        summed = torch.ops.aten.embedding_dense_backward(grad.float(), ids, ctx.vocab_size, -1, False)
+        return summed.to(ctx.dtype), None
+
+
+class Embedding(nn.Embedding):
+    """Vectors of token ids, in the weight's dtype; its gradient is summed in float32 at least."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """(...) int to (..., d_model)."""
+        if self.weight.dtype.itemsize < 4:  # bf16-true, and what FSDP2 gathers for bf16-mixed
+            return _Lookup.apply(self.weight, ids)
+        return super().forward(ids)
 
 
 class Linear(nn.Linear):
@@ -163,6 +196,9 @@ class PicoDecoder(nn.Module):
         tp: this rank among those that share the model; their seed must be the same.
         recomputed: ``parallel.activation_checkpointing``.
         symmetric_memory: whether those ranks' products are fused with their communication.
+
+    Attributes:
+        shared_over: groups of ranks that hold the model together and so must call its methods together.
     """
 
     rope_cos: Tensor
@@ -183,7 +219,7 @@ class PicoDecoder(nn.Module):
         self.kernels = kernels
         self.compute_dtype = compute_dtype
         self.tp = tp
-        self.embedding_proj = nn.Embedding(config.vocab_size, config.d_model)
+        self.embedding_proj = Embedding(config.vocab_size, config.d_model)
         self.layers = nn.ModuleList(Block(config, kernels, recomputed) for _ in range(config.n_layers))
         self.output_norm = RMSNorm(config.d_model)
         self.de_embedding_proj = Linear(config.d_model, config.vocab_size)
@@ -192,7 +228,9 @@ class PicoDecoder(nn.Module):
         self.register_buffer("rope_sin", sin, persistent=False)
         keep_tensor_parallel_part(self, tp)
         self._split = self._replicated = ALL_TOKENS
+        self.shared_over: list[ProcessGroup] = []
         if tp.group is not None:
+            self.shared_over.append(tp.group)
             self._split = SymmetricMemory(tp) if symmetric_memory else SequenceParallel(tp)
             self._replicated = ReplicatedTokens(tp.group)
 
@@ -221,7 +259,11 @@ class PicoDecoder(nn.Module):
 
     def forward(self, input_ids: Tensor, cache: KVCache | None = None) -> Tensor:
         """Logits (B, S, vocab_size) in ``compute_dtype``; as :meth:`hidden` with tensor parallelism."""
-        return self.de_embedding_proj(self.hidden(input_ids, cache))
+        return self.de_embedding_proj(self._states(input_ids, cache, self._replicated))
+
+    def next_token_logits(self, input_ids: Tensor, cache: KVCache) -> Tensor:
+        """Logits (B, vocab_size) of what follows ``input_ids`` (B, S), else as :meth:`forward`."""
+        return self.de_embedding_proj(self._states(input_ids, cache, self._replicated)[:, -1])
 
     def loss(
         self,

@@ -2,12 +2,17 @@
 
 Every function here is a collective over :attr:`Parallel.hosts`, on the CPU: it costs one round trip between the hosts
 and never waits for a device. On one process each is what it says, without communication.
+
+Errors of any class travel here, packed by this module and raised as they are. A save or load is another matter, though
+it too sends outcomes by pickle (:mod:`pico_fast.checkpoint.ranks`): there rank 0 judges every rank's outcome and cleans
+up before anyone raises, and each failure is a CheckpointError, which pickles by itself.
 """
 
 from __future__ import annotations
 
 import contextlib
 import pickle
+import re
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -145,19 +150,29 @@ def _unpacked(packed: tuple[type[Exception], tuple[Any, ...], dict[str, Any]], r
 
 @contextlib.contextmanager
 def naming_lost_peers(parallel: Parallel) -> Iterator[None]:
-    """Turn the error of a collective whose other side is gone into PeerLostError."""
+    """Turn the error of a collective whose other side is gone into PeerLostError, caused by it.
+
+    Other errors of a collective pass as they are: different shapes on two ranks (gloo's ``enforce fail``), a wrong call
+    (NCCL's ``invalid usage``) and the like are mistakes, and the traceback shows where.
+    """
     try:
         yield
     except RuntimeError as error:
-        if not parallel.active or not _of_communication(error):
+        if not parallel.active or not _is_of_a_lost_peer(error):
             raise
         reason = str(error).strip().splitlines()[0]
         raise PeerLostError(f"another process of this run has ended or does not answer ({reason})") from error
 
 
-# gloo's errors are plain RuntimeErrors: its transport's file names and words tell them apart
-_SIGNS = ("gloo", "Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "NCCL")
+# gloo raises plain RuntimeErrors, and NCCL's DistBackendErrors may be anything: only the words tell. In this order the
+# words of gloo, of the system (gloo puts strerror into its messages) and of NCCL and its watchdog
+_LOST = re.compile(
+    "connection closed by peer|timed out (waiting|connecting)|(socket|connect|read|write|wait|application) timeout"
+    "|connection (reset|refused|aborted|timed out)|broken pipe|network is unreachable|no route to host"
+    "|remote process exited|ncclRemoteError|collective operation timeout|communicator was aborted",
+    re.IGNORECASE,
+)
 
 
-def _of_communication(error: RuntimeError) -> bool:
-    return isinstance(error, dist.DistError) or any(sign in str(error) for sign in _SIGNS)
+def _is_of_a_lost_peer(error: RuntimeError) -> bool:
+    return isinstance(error, (dist.DistNetworkError, dist.DistStoreError)) or _LOST.search(str(error)) is not None

@@ -76,7 +76,10 @@ def _sharded(model: PicoDecoder, runtime: Runtime, parallel: Parallel) -> LossFu
         fully_shard(unit, mesh=mesh, mp_policy=policy)
         unit.set_gradient_divide_factor(1.0)
         unit.set_force_sum_reduction_for_comms(True)  # gloo has no reduction that also divides, by 1 or anything else
-    register_fsdp_forward_method(model, "loss")
+    for method in ("loss", "hidden", "next_token_logits"):  # forward gathers the weights without being asked to
+        register_fsdp_forward_method(model, method)
+    assert parallel.dp_shard.group is not None
+    model.shared_over.append(parallel.dp_shard.group)
 
     @contextlib.contextmanager
     def accumulating(more: bool) -> Iterator[None]:

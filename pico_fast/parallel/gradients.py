@@ -21,7 +21,8 @@ def sum_over_tensor_parallel(model: nn.Module, parallel: Parallel) -> None:
     """Add up, over the tp ranks, the gradients of the weights that each of them holds whole: one coalesced all-reduce.
 
     Megatron-LM does the same with its norms under sequence parallelism (finalize_model_grads.py); here embedding and
-    head are among them, since they too work on local tokens. Shards of FSDP2 are summed as shards.
+    head are among them, since they too work on local tokens. Shards of FSDP2 are summed as shards. Narrower gradients
+    (``bf16-true``) are added in float32 and rounded once, as along the other dimensions.
     """
     if parallel.tp.group is None:
         return
@@ -30,10 +31,15 @@ def sum_over_tensor_parallel(model: nn.Module, parallel: Parallel) -> None:
         for name, parameter in model.named_parameters()
         if tensor_parallel_dim(name) is None and (gradient := _gradient(parameter)) is not None and gradient.numel()
     ]
-    if partial:
-        with _coalescing_manager(parallel.tp.group):  # private, but what torch itself coalesces with
-            for gradient in partial:
-                dist.all_reduce(gradient, group=parallel.tp.group)
+    if not partial:
+        return
+    sums = [gradient.float() for gradient in partial]  # a float32 gradient is summed where it is
+    with _coalescing_manager(parallel.tp.group):  # private, but what torch itself coalesces with
+        for gradient in sums:
+            dist.all_reduce(gradient, group=parallel.tp.group)
+    for gradient, summed in zip(partial, sums, strict=True):
+        if summed is not gradient:
+            gradient.copy_(summed)
 
 
 def global_numbers(model: nn.Module, loss: Tensor, parallel: Parallel, *, norm: bool) -> tuple[Tensor, Tensor | None]:

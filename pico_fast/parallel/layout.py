@@ -61,14 +61,36 @@ def layout_problems(config: Config, world_size: int | None = None) -> list[str]:
     return found
 
 
-def _tensor_parallel_problems(config: Config) -> Iterator[str]:
-    tp, model = config.parallel.tp, config.model
-    split = {
+def row_problem(config: Config, row_tokens: int, world_size: int) -> str | None:
+    """Why ``parallel.tp`` ranks cannot share micro-batches of rows of ``row_tokens`` tokens; None where they can.
+
+    The end of a sentence about the dataset. Its rows may be shorter than ``model.max_seq_len``, which tp divides.
+    """
+    layout = layout_of(config.parallel, world_size)
+    rows = config.data.dataloader.batch_size // config.training.optimization.gradient_accumulation_steps
+    rows //= layout.dp_size
+    if rows * row_tokens % layout.tp == 0:
+        return None
+    valid = _nearest(_divisors(math.gcd(row_tokens, *_split_sizes(config).values())), layout.tp)
+    return (
+        f"has rows of {row_tokens} tokens; a rank's micro-batch of {rows} of them is {rows * row_tokens} tokens, which "
+        f"parallel.tp = {layout.tp} does not divide; with these rows and this model tp may be {_either(valid)}"
+    )
+
+
+def _split_sizes(config: Config) -> dict[str, int]:
+    """What ``parallel.tp`` must divide of the model, by dotted key."""
+    model = config.model
+    return {
         "model.attention_n_heads": model.attention_n_heads,
         "model.attention_n_kv_heads": model.attention_n_kv_heads,
         "model.activation_hidden_dim": model.activation_hidden_dim,
         "model.max_seq_len": model.max_seq_len,
     }
+
+
+def _tensor_parallel_problems(config: Config) -> Iterator[str]:
+    tp, split = config.parallel.tp, _split_sizes(config)
     undivided = [f"{key} = {size}" for key, size in split.items() if size % tp]
     if undivided and min(split.values()) > 0:
         valid = _nearest(_divisors(math.gcd(*split.values())), tp)

@@ -2,7 +2,8 @@
 
 Counted are the bytes that one rank sends in a step's collectives, in the ring algorithms that NCCL and gloo use for
 large tensors: over n ranks an all-gather or a reduce-scatter sends (n - 1) / n of the whole tensor, an all-reduce
-twice that. Left out are single numbers (loss, norm, agreement), evaluation and checkpoints.
+twice that. Gradients are summed in float32, whatever their own dtype. Left out are single numbers (loss, norm,
+agreement), evaluation and checkpoints.
 """
 
 from __future__ import annotations
@@ -43,7 +44,6 @@ def step_traffic(
     micro_batches: int,
     tokens: int,
     activation_bytes: int,
-    gradient_bytes: int = 4,
     recomputed: str = "none",
 ) -> Traffic:
     """Bytes sent per rank and step.
@@ -54,7 +54,6 @@ def step_traffic(
         micro_batches: of one step, per rank.
         tokens: of one micro-batch on one data-parallel rank.
         activation_bytes: per element of ``compute_dtype``: activations, and the weights that FSDP2 gathers.
-        gradient_bytes: per element of a parameter's gradient, in the sum over tp; data-parallel sums are in float32.
         recomputed: ``parallel.activation_checkpointing``.
     """
     counts = parameter_counts(model)
@@ -62,11 +61,11 @@ def step_traffic(
     blocks = on_rank - 2 * counts.embedding - model.d_model  # the rest is FSDP2's outermost unit
     collectives = TENSOR_PARALLEL_COLLECTIVES + RECOMPUTED_COLLECTIVES[recomputed]
     activations = collectives * model.n_layers * micro_batches * tokens * model.d_model * activation_bytes
-    whole = (counts.total - counts.split) // layout.dp_shard * gradient_bytes
+    whole = (counts.total - counts.split) // layout.dp_shard
     # A block is gathered for the forward pass, freed, and gathered again for the backward pass; the outer unit stays
     gathered = micro_batches * (2 * blocks + (on_rank - blocks)) * activation_bytes
     return Traffic(
-        tp=_ring(layout.tp) * (activations + 2 * whole),
+        tp=_ring(layout.tp) * (activations + 2 * 4 * whole),
         dp_shard=_ring(layout.dp_shard) * (gathered + 4 * on_rank),
         dp_replicate=_ring(layout.dp_replicate) * 2 * 4 * on_rank / layout.dp_shard,
     )

@@ -15,7 +15,7 @@ from pico_fast.config_io import load_config
 from pico_fast.flops import parameter_counts
 from pico_fast.model.build import build_model
 from pico_fast.model.cache import KVCache
-from pico_fast.model.decoder import PicoDecoder
+from pico_fast.model.decoder import Embedding, PicoDecoder
 from pico_fast.model.sharding import tensor_parallel_dim
 from pico_fast.parallel.mesh import Axis
 from pico_fast.runtime import Runtime
@@ -46,6 +46,20 @@ def test_published_sizes(size, parameters):
     with torch.device("meta"):
         model = PicoDecoder(config, KernelSet.from_config())
     assert sum(parameter.numel() for parameter in model.parameters()) == parameters
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_of_a_frequent_token_are_summed_in_float32(dtype):
+    """8192 terms of about 1e-3, which a sum in bfloat16 would stop adding at 0.5; and one token that occurs once."""
+    embedding = Embedding(5, 3).to(dtype)
+    ids = torch.full((8, 1024), 2)
+    ids[3, 5] = 4
+    embedding(ids).backward(torch.full((8, 1024, 3), 1e-3, dtype=dtype))
+    term = float(torch.tensor(1e-3, dtype=dtype))
+    expected = torch.tensor([0, 0, 8191 * term, 0, term])[:, None].expand(5, 3)
+    assert embedding.weight.grad.dtype == dtype
+    torch.testing.assert_close(embedding.weight.grad.float(), expected, rtol=2**-8, atol=0)
+    assert torch.equal(embedding(ids), embedding.weight[ids])
 
 
 def test_initial_weights_are_picos(golden):

@@ -5,6 +5,7 @@ import threading
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from pico_fast.checkpoint.lock import RunLockedError
 from pico_fast.config import Config
@@ -119,19 +120,48 @@ def test_one_process_agrees_with_itself():
         assert origin(error) == ""
 
 
+GLOO = "[/pytorch/third_party/gloo/gloo/transport/tcp/"
+NCCL = "NCCL error in: /pytorch/torch/csrc/distributed/c10d/NCCLUtils.cpp:94, "
+
+
 @pytest.mark.parametrize(
-    ("message", "lost"),
+    "error",
     [
-        ("[/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1", True),
-        ("[/gloo/transport/tcp/buffer.cc:72] Timed out waiting 60000ms for send operation to complete", True),
-        ("mat1 and mat2 shapes cannot be multiplied", False),
+        RuntimeError(GLOO + "pair.cc:547] Connection closed by peer [127.0.0.1]:1"),
+        RuntimeError(GLOO + "pair.cc:464] Read error [10.0.0.1]:1: Connection reset by peer"),
+        RuntimeError(GLOO + "pair.cc:364] writev [10.0.0.1]:1: Broken pipe"),
+        RuntimeError(GLOO + "unbound_buffer.cc:133] Timed out waiting 60000ms for recv operation to complete"),
+        RuntimeError("Application timeout caused pair closure"),
+        dist.DistBackendError(NCCL + "remote process exited or there was a network error, NCCL version 2.27.3"),
+        dist.DistBackendError("Watchdog caught collective operation timeout: WorkNCCL(SeqNum=7, OpType=ALLREDUCE)"),
+        dist.DistNetworkError("Failed to recv, got 0 bytes. Connection was likely closed."),
+        dist.DistStoreError("wait timeout after 600000ms, keys: /default_pg/0"),
     ],
+    ids=lambda error: str(error)[-40:],
 )
-def test_only_errors_of_communication_mean_a_lost_peer(message, lost):
-    pair = Parallel(rank=1, world_size=2)
-    with pytest.raises(PeerLostError if lost else RuntimeError) as caught, naming_lost_peers(pair):
-        raise RuntimeError(message)
-    assert message in str(caught.value)
-    assert isinstance(caught.value, PeerLostError) == lost
-    with pytest.raises(RuntimeError), naming_lost_peers(SINGLE):
-        raise RuntimeError(message)
+def test_a_closed_connection_or_silence_means_a_lost_peer(error):
+    with pytest.raises(PeerLostError) as caught, naming_lost_peers(Parallel(rank=1, world_size=2)):
+        raise error
+    assert str(error) in str(caught.value)
+    assert caught.value.__cause__ is error
+    with pytest.raises(type(error)) as passed, naming_lost_peers(SINGLE):
+        raise error
+    assert passed.value is error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError(f"[enforce fail at {GLOO[1:]}pair.cc:478] op.preamble.length <= op.nbytes. 192 vs 96"),
+        dist.DistBackendError(NCCL + "invalid usage (run with NCCL_DEBUG=WARN for details), NCCL version 2.27.3"),
+        dist.DistBackendError(NCCL + "unhandled cuda error, NCCL version 2.27.3"),
+        RuntimeError("ProcessGroupGloo::allreduce: invalid tensor type"),
+        RuntimeError("mat1 and mat2 shapes cannot be multiplied"),
+        RuntimeError("CUDA error: device-side assert triggered"),
+    ],
+    ids=lambda error: str(error)[-40:],
+)
+def test_mistakes_in_a_collective_pass_as_they_are(error):
+    with pytest.raises(RuntimeError) as caught, naming_lost_peers(Parallel(rank=1, world_size=2)):
+        raise error
+    assert caught.value is error

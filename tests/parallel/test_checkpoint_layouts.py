@@ -1,5 +1,6 @@
 """A state saved under one layout loads under every other, bit for bit; torch's own reader agrees; exports are equal."""
 
+import dataclasses
 import errno
 import functools
 import hashlib
@@ -37,32 +38,26 @@ from pico_fast.config import CheckpointingConfig, ModelConfig
 from pico_fast.interop.huggingface import export_model
 from pico_fast.model.decoder import PicoDecoder
 from pico_fast.model.sharding import tensor_parallel_dim
+from pico_fast.parallel.layout import Layout
 from pico_fast.parallel.mesh import DIMENSIONS, SINGLE, Axis, Parallel
 from pico_fast.parallel.slices import gather_full, is_dtensor
-from tests.ranks import RankFailedError, run_ranks
+from tests.ranks import RankFailedError, every_layout, run_ranks
 
 pytestmark = pytest.mark.distributed
 
 # vocab_size 5: three ways FSDP cuts unevenly, and of four shards one is empty
 TINY = ModelConfig(
     d_model=16,
-    n_layers=2,
+    n_layers=1,
     vocab_size=5,
     max_seq_len=8,
     attention_n_heads=4,
     attention_n_kv_heads=2,
     activation_hidden_dim=12,
 )
-LAYOUTS = {  # dp_replicate, dp_shard, tp
-    "dp2": (2, 1, 1),
-    "tp2": (1, 1, 2),
-    "fsdp2": (1, 2, 1),
-    "tp2 x dp2": (2, 1, 2),
-    "tp2 x fsdp2": (1, 2, 2),
-    "hsdp": (2, 2, 1),
-    "fsdp4": (1, 4, 1),
-}
-SAVED = ["one", *LAYOUTS]
+LAYOUTS = {str(layout): layout for world_size in (2, 4) for layout in every_layout(world_size)}
+ONE = str(Layout())
+SAVED = [ONE, *LAYOUTS]
 STEP = 3
 
 
@@ -160,18 +155,19 @@ class Training:
         )
 
 
-def parallel_of(sizes: tuple[int, int, int]) -> Parallel | None:
-    """The mesh of ``sizes`` over the first ranks of this world; None on ranks that it leaves out, which call it too."""
-    world = sizes[0] * sizes[1] * sizes[2]
-    mesh = DeviceMesh("cpu", torch.arange(world).view(sizes), mesh_dim_names=DIMENSIONS)
-    hosts = dist.new_group(list(range(world)), backend="gloo")
-    if dist.get_rank() >= world:
+def parallel_of(layout: Layout) -> Parallel | None:
+    """The mesh of ``layout`` over the first ranks of this world; None on the ranks left out, which call it too."""
+    sizes = dataclasses.asdict(layout)
+    ranks = torch.arange(layout.world_size).view(*(sizes[name] for name in DIMENSIONS))
+    mesh = DeviceMesh("cpu", ranks, mesh_dim_names=DIMENSIONS)
+    hosts = dist.new_group(list(range(layout.world_size)), backend="gloo")
+    if dist.get_rank() >= layout.world_size:
         return None
     axes = {
         name: Axis(size, mesh.get_local_rank(name), mesh.get_group(name) if size > 1 else None)
-        for name, size in zip(DIMENSIONS, sizes, strict=True)
+        for name, size in sizes.items()
     }
-    return Parallel(dist.get_rank(), world, **axes, mesh=mesh, hosts=hosts)
+    return Parallel(dist.get_rank(), layout.world_size, **axes, mesh=mesh, hosts=hosts)
 
 
 def save_and_load_everywhere(root: Path) -> dict[str, list[str]]:
@@ -179,7 +175,7 @@ def save_and_load_everywhere(root: Path) -> dict[str, list[str]]:
     dist.init_process_group("gloo")
     training = {
         name: parallel and Training(parallel)
-        for name, parallel in ((name, parallel_of(sizes)) for name, sizes in LAYOUTS.items())
+        for name, parallel in ((name, parallel_of(layout)) for name, layout in LAYOUTS.items())
     }
     here = {name: case for name, case in training.items() if case is not None}
     wrong = {}
@@ -224,20 +220,20 @@ def saved(tmp_path_factory) -> tuple[Path, dict[str, list[str]]]:
     root = tmp_path_factory.mktemp("layouts")
     alone = Training(SINGLE)
     load_state_tensors(alone.model, alone.optimizer, truth())
-    alone.save(root / "one")
+    alone.save(root / ONE)
     write_pico_trains_state(root / "pico-train")
     wrong: dict[str, list[str]] = {}
     for rank, found in enumerate(run_ranks(save_and_load_everywhere, 4, root, timeout=300)):
         wrong |= {f"rank {rank}: {case}": names for case, names in found.items()}
     for name in [*SAVED, "pico-train"]:
-        wrong[f"{name} into one"] = Training(SINGLE).load(root / name)
+        wrong[f"{name} into {ONE}"] = Training(SINGLE).load(root / name)
     return root, wrong
 
 
 def test_every_layout_loads_every_other_bit_for_bit(saved):
     _, wrong = saved
     pairs = len(SAVED) + 1
-    ranks = sum(replicate * shard * tp for replicate, shard, tp in LAYOUTS.values())
+    ranks = sum(layout.world_size for layout in LAYOUTS.values())
     assert len(wrong) == ranks * (pairs + 2) + pairs
     assert {case: names for case, names in wrong.items() if names} == {}
 
@@ -262,27 +258,26 @@ def test_the_export_is_the_same_bytes_from_every_layout(saved):
         assert len(set(hashes.values())) == 1, hashes
 
 
-@pytest.mark.parametrize(
-    ("name", "files"),
-    [("one", 1), ("dp2", 1), ("tp2", 2), ("fsdp2", 2), ("tp2 x dp2", 2), ("tp2 x fsdp2", 4), ("hsdp", 2), ("fsdp4", 4)],
-)
-def test_each_part_is_written_once(saved, name, files):
+@pytest.mark.parametrize("name", SAVED)
+def test_each_part_is_written_once(saved, name):
     """Copies along dp_replicate write nothing; the bytes of the state are those of the model and its moments."""
+    sizes = LAYOUTS.get(name, Layout())
     layout = RunLayout(saved[0] / name)
     manifest = Manifest.from_bytes(layout.manifest(STEP).read_bytes())
     assert {entry.file for entry in manifest.tensors} == {p.name for p in layout.state_dir(STEP).glob("*.safetensors")}
-    assert len({entry.file for entry in manifest.tensors}) == files
+    assert len({entry.file for entry in manifest.tensors}) == sizes.dp_shard * sizes.tp
     assert sum(torch.Size(entry.shape).numel() for entry in manifest.tensors) == sum(
         tensor.numel() for tensor in truth().values()
     )
-    replicate, shard, tp = LAYOUTS.get(name, (1, 1, 1))
-    assert manifest.world_size == replicate * shard * tp
+    assert manifest.world_size == sizes.world_size
     assert manifest.meta == {"rank": 0}
 
 
 def test_data_parallel_copies_save_the_bytes_of_one_process(saved):
-    one, dp2 = (RunLayout(saved[0] / name).state_dir(STEP) / rank_file(0) for name in ("one", "dp2"))
-    assert one.read_bytes() == dp2.read_bytes()
+    one, *copies = (
+        RunLayout(saved[0] / str(Layout(dp_replicate=count))).state_dir(STEP) / rank_file(0) for count in (1, 2, 4)
+    )
+    assert {copy.read_bytes() for copy in copies} == {one.read_bytes()}
 
 
 def test_the_verify_command_reads_every_ranks_file(saved, tmp_path, capsys):
@@ -291,7 +286,7 @@ def test_the_verify_command_reads_every_ranks_file(saved, tmp_path, capsys):
         assert f"step_{STEP}  good" in capsys.readouterr().out
     layout = RunLayout(tmp_path / "run")
     for file in range(4):
-        shutil.copytree(saved[0] / "tp2 x fsdp2", layout.root, symlinks=True)
+        shutil.copytree(saved[0] / str(Layout(tp=2, dp_shard=2)), layout.root, symlinks=True)
         path = layout.state_dir(STEP) / rank_file(file)
         content = bytearray(path.read_bytes())
         content[-3] ^= 1
@@ -321,7 +316,7 @@ class Broken(FileSystem):
 def two_ranks_in_trouble(root: Path) -> None:
     """In each of 2 processes: saves and loads in which a rank fails, errors into a file; then rank 1 dies in a save."""
     dist.init_process_group("gloo")
-    parallel = parallel_of((1, 1, 2))
+    parallel = parallel_of(Layout(tp=2))
     case = Training(parallel)
     load_state_tensors(case.model, case.optimizer, truth(), parallel)
     case.save(root / "run", 1)

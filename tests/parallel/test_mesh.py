@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from pico_fast.config import Config
 from pico_fast.parallel.mesh import DIMENSIONS, SINGLE, Parallel, start_parallel
+from pico_fast.runtime import UsageError
 from tests.ranks import RankFailedError, run_ranks
 
 pytestmark = pytest.mark.distributed
@@ -26,11 +27,16 @@ def join(**sizes: int) -> Parallel:
 
 
 def every_layout_of_four() -> None:
+    made, new_group = [], dist.new_group
+    dist.new_group = lambda *args, **settings: made.append(args) or new_group(*args, **settings)
     for replicate, shard in itertools.product((1, 2, 4), repeat=2):
         if replicate * shard > 4 or 4 % (replicate * shard):
             continue
         tp = 4 // (replicate * shard)
+        before = len(made)
         parallel = join(dp_replicate=replicate, dp_shard=shard, tp=tp)
+        several = sum(size > 1 for size in (replicate, shard, tp))
+        assert len(made) - before == several + 1, "of each dimension its own group, and the hosts'"
         rank = dist.get_rank()
         assert (parallel.rank, parallel.world_size, parallel.active) == (rank, 4, True)
         assert parallel.is_main == (rank == 0)
@@ -39,9 +45,9 @@ def every_layout_of_four() -> None:
         assert parallel.dp_size == replicate * shard
         for name in DIMENSIONS:
             axis = getattr(parallel, name)
-            assert axis.size == parallel.mesh[name].size()
-            assert (axis.group is None) == (axis.size == 1)
+            assert (axis.group is None) == (axis.size == 1) == (name not in parallel.mesh.mesh_dim_names)
             if axis.group is not None:
+                assert axis.size == parallel.mesh[name].size()
                 members = [None] * axis.size
                 dist.all_gather_object(members, rank, group=axis.group)
                 assert members[axis.rank] == rank
@@ -57,6 +63,33 @@ def every_layout_of_four() -> None:
 
 def test_every_rank_knows_its_place_in_every_layout():
     run_ranks(every_layout_of_four, 4)
+
+
+def only_rank_1_is_told(key: str, value: object) -> tuple[str, float]:
+    config = Config()
+    config.parallel.timeout_s = 30
+    section, name = key.split(".")
+    if os.environ["RANK"] == "1":
+        setattr(getattr(config, section), name, value)
+    dist.init_process_group("gloo")
+    start = time.monotonic()
+    with pytest.raises(UsageError) as caught:
+        start_parallel(config, torch.device("cpu"))
+    return str(caught.value), time.monotonic() - start
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "shown"),
+    [
+        ("parallel.tp", 2, "on rank 1: parallel.tp is 2 (on rank 0 1);"),
+        ("runtime.seed", 7, "on rank 1: runtime.seed is 7 (on rank 0 42);"),
+    ],
+)
+def test_another_configuration_on_one_rank_is_said_by_all_before_they_wait(key, value, shown):
+    for message, seconds in run_ranks(only_rank_1_is_told, 2, key, value):
+        assert message.startswith("rank(s) 1 have another configuration than rank 0; ")
+        assert shown in message
+        assert seconds < 15  # not parallel.timeout_s
 
 
 def test_one_process_starts_nothing(monkeypatch):

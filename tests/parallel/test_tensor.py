@@ -15,6 +15,7 @@ from pico_fast.model.build import build_model
 from pico_fast.model.decoder import PicoDecoder
 from pico_fast.model.generate import generate
 from pico_fast.model.sharding import tensor_parallel_dim, tensor_parallel_part
+from pico_fast.parallel.gradients import sum_over_tensor_parallel
 from pico_fast.parallel.mesh import Axis, Parallel, start_parallel
 from pico_fast.parallel.symmetric_memory import symmetric_memory_problem
 from pico_fast.parallel.tensor import SequenceParallel
@@ -132,9 +133,24 @@ def same_as_one_process(tp: int) -> None:
     check_refusals(model, whole, parallel.tp)
     check_linear_pieces(parallel.tp)
     check_recomputation(tp)
+    check_narrow_gradients_are_summed_in_float32(model, parallel)
     if tp == 2:
         check_bf16()
         check_symmetric_memory(parallel.tp)
+
+
+def check_narrow_gradients_are_summed_in_float32(model: PicoDecoder, parallel: Parallel) -> None:
+    """256 + 1 + 1 + 1: in bfloat16 each addition of 1 would be lost, 260 is the nearest to the sum."""
+    gradients = {}
+    for name, parameter in model.named_parameters():
+        own = torch.full_like(parameter, 256.0 if parallel.tp.rank == 0 else 1.0, dtype=torch.bfloat16)
+        parameter.data = parameter.data.bfloat16()
+        parameter.grad = gradients[name] = own
+    sum_over_tensor_parallel(model, parallel)
+    for name, gradient in gradients.items():
+        assert gradient.dtype == torch.bfloat16
+        expected = (256 if parallel.tp.rank == 0 else 1) if tensor_parallel_dim(name) is not None else {2: 256, 4: 260}
+        assert (gradient == (expected[parallel.tp.size] if isinstance(expected, dict) else expected)).all(), name
 
 
 def check_linear_pieces(tp: Axis) -> None:

@@ -1,23 +1,21 @@
 """The formula of docs/parallel.md counts the bytes that a step's collectives really send."""
 
 import dataclasses
-from collections import Counter
 
 import pytest
 import torch
-import torch.distributed as dist
 from pico_kernels import KernelSet
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.parallel import sent_bytes
 from pico_fast.config import Config, ModelConfig
 from pico_fast.model.build import build_model
 from pico_fast.parallel.data_parallel import parallelise
 from pico_fast.parallel.gradients import sum_over_tensor_parallel
-from pico_fast.parallel.layout import Layout, layout_of
-from pico_fast.parallel.mesh import DIMENSIONS, Parallel, start_parallel
+from pico_fast.parallel.layout import Layout
+from pico_fast.parallel.mesh import start_parallel
 from pico_fast.parallel.traffic import step_traffic
 from pico_fast.runtime import Runtime
-from tests.ranks import run_ranks
+from tests.ranks import every_layout, run_ranks
 
 # Every first dimension divides by 4: FSDP2 would fill up others, which the formula does not count
 SHAPE = ModelConfig(
@@ -32,45 +30,21 @@ SHAPE = ModelConfig(
 MICRO_BATCHES, ROWS = 3, 2
 
 
-class RingBytes(TorchDispatchMode):
-    """Adds up what a ring sends for every collective, by the dimension of the mesh that its group belongs to."""
-
-    def __init__(self, parallel: Parallel):
-        super().__init__()
-        axes = {name: getattr(parallel, name) for name in DIMENSIONS}
-        self._dimensions = {axis.group.group_name: name for name, axis in axes.items() if axis.group is not None}
-        self.sent: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function.name()
-        if name.startswith("c10d::"):
-            group = next(dist.ProcessGroup.unbox(arg) for arg in args if isinstance(arg, torch.ScriptObject))
-            ring = (group.size() - 1) / group.size()
-            if name in ("c10d::_allgather_base_", "c10d::_reduce_scatter_base_"):
-                self.sent[self._dimensions[group.group_name]] += ring * max(args[0].nbytes, args[1].nbytes)
-            elif name in ("c10d::allreduce_", "c10d::allreduce_coalesced_"):
-                self.sent[self._dimensions[group.group_name]] += 2 * ring * sum(tensor.nbytes for tensor in args[0])
-            elif name != "c10d::broadcast_":  # DDP makes sure in its first step that all have the same parameters
-                raise AssertionError(f"{name} is not in the formula")
-        return function(*args, **(kwargs or {}))
-
-
-def count(sizes: dict[str, int], dtype: torch.dtype, recomputed: str) -> None:
+def count(layout: Layout, dtype: torch.dtype, recomputed: str = "none") -> None:
     config = Config(model=SHAPE)
     config.parallel.timeout_s, config.parallel.activation_checkpointing = 60, recomputed
-    for name, size in sizes.items():
+    for name, size in dataclasses.asdict(layout).items():
         setattr(config.parallel, name, size)
     runtime = Runtime(torch.device("cpu"), torch.float32, dtype, 1)
     parallel = start_parallel(config, runtime.device)
     model = build_model(config, KernelSet.from_config({"default": "torch"}), runtime, parallel)
     loss = parallelise(model, runtime, parallel)
     ids = torch.randint(64, (ROWS, 17))
-    with RingBytes(parallel) as counted:
+    with sent_bytes(parallel) as sent:
         for index in range(MICRO_BATCHES):
             with loss.accumulating(index < MICRO_BATCHES - 1):
                 loss(ids[:, :-1], ids[:, 1:], reduction="sum", denominator=64).backward()
         sum_over_tensor_parallel(model, parallel)
-    layout = layout_of(config.parallel, parallel.world_size)
     expected = step_traffic(
         SHAPE,
         layout,
@@ -79,23 +53,18 @@ def count(sizes: dict[str, int], dtype: torch.dtype, recomputed: str) -> None:
         activation_bytes=dtype.itemsize,
         recomputed=recomputed,
     )
+    assert sent["world"] == 0
     for name, bytes_sent in dataclasses.asdict(expected).items():
-        assert counted.sent[name] == pytest.approx(bytes_sent, rel=1e-12), (str(layout), dtype, recomputed, name)
+        assert sent[name] == pytest.approx(bytes_sent, rel=1e-12), (str(layout), dtype, recomputed, name)
 
 
 def count_every_layout() -> None:
-    for sizes in (
-        {},
-        {"dp_shard": 4},
-        {"dp_shard": 2},
-        {"tp": 2},
-        {"tp": 4},
-        {"tp": 2, "dp_shard": 2},
-    ):
-        for dtype in (torch.float32, torch.bfloat16):
-            count(sizes, dtype, "none")
+    for layout in every_layout(4):
+        count(layout, torch.bfloat16)
+    sharded = Layout(tp=2, dp_shard=2)
+    count(sharded, torch.float32)
     for recomputed in ("block", "attention"):
-        count({"tp": 2, "dp_shard": 2}, torch.float32, recomputed)
+        count(sharded, torch.bfloat16, recomputed)
 
 
 @pytest.mark.distributed

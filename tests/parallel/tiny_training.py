@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 
@@ -11,22 +11,15 @@ from pico_fast.model.build import build_kernels, build_model
 from pico_fast.model.decoder import PicoDecoder
 from pico_fast.optim import build_optimizer
 from pico_fast.parallel.data_parallel import LossFunction, parallelise
+from pico_fast.parallel.layout import Layout
 from pico_fast.parallel.mesh import SINGLE, Parallel, start_parallel
 from pico_fast.parallel.slices import Slice, local, parameter_slice
 from pico_fast.runtime import PRECISIONS, Runtime
 from pico_fast.step import StepNumbers, training_step
+from tests.ranks import every_layout
 
 SEQUENCE, ROWS, MICRO_BATCHES = 16, 4, 2  # tokens of a row; rows of a micro-batch, over all ranks
-LAYOUTS = {  # by name: sizes of (tp, dp_shard, dp_replicate)
-    2: {"tp2": (2, 1, 1), "fsdp2": (1, 2, 1), "dp2": (1, 1, 2)},
-    4: {
-        "tp4": (4, 1, 1),
-        "fsdp4": (1, 4, 1),
-        "hsdp": (1, 2, 2),
-        "tp2 x dp2": (2, 1, 2),
-        "tp2 x fsdp2": (2, 2, 1),
-    },
-}
+LAYOUTS = {world_size: {str(layout): layout for layout in every_layout(world_size)} for world_size in (2, 4)}
 
 
 def tiny_config(precision: str = "32-true") -> Config:
@@ -85,12 +78,13 @@ class Training:
         return whole[Slice.whole(whole.shape).index(mine)]
 
 
-def start(config: Config, sizes: tuple[int, int, int] | None = None) -> Training:
-    """A training in the layout of ``sizes`` (tp, dp_shard, dp_replicate), or on this process alone."""
+def start(config: Config, layout: Layout | None = None) -> Training:
+    """A training in this layout, or on this process alone."""
     runtime = Runtime(torch.device("cpu"), *PRECISIONS[config.training.fabric.precision], 1)
     parallel = SINGLE
-    if sizes is not None:
-        config.parallel.tp, config.parallel.dp_shard, config.parallel.dp_replicate = sizes
+    if layout is not None:
+        for name, size in asdict(layout).items():
+            setattr(config.parallel, name, size)
         parallel = start_parallel(config, runtime.device)
     model = build_model(config, build_kernels(config, runtime), runtime, parallel)
     with torch.no_grad():  # pico's initial weights are so small that attention would not be felt in the gradients
@@ -101,7 +95,10 @@ def start(config: Config, sizes: tuple[int, int, int] | None = None) -> Training
 
 
 def some_rows(seed: int = 0, micro_batches: int = MICRO_BATCHES) -> torch.Tensor:
-    """A batch of ``MICRO_BATCHES * ROWS`` rows of ids in as many micro-batches as asked for: int32, of all ranks."""
+    """A batch of ``MICRO_BATCHES * ROWS`` rows of ids in as many micro-batches as asked for: int32, of all ranks.
+
+    Of at most 2 micro-batches each has a row for every one of 4 data-parallel ranks.
+    """
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randint(50, (MICRO_BATCHES * ROWS, SEQUENCE + 1), dtype=torch.int32, generator=generator)
     return rows.view(micro_batches, -1, SEQUENCE + 1)

@@ -6,14 +6,9 @@ import json
 import os
 import re
 import signal
-import socket
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
-import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -24,6 +19,7 @@ from pico_fast.checkpoint.layout import RunLayout
 from pico_fast.config_io import load_config
 from pico_fast.monitor import read_metrics
 from tests.ranks import run_ranks
+from tests.train.trainers import Trainers
 
 pytestmark = pytest.mark.distributed
 
@@ -95,95 +91,26 @@ def test_a_run_goes_on_in_any_layout_with_the_same_rows_and_losses(small_run, ca
                 np.testing.assert_array_equal(np.concatenate(shares, axis=1), expected_rows[2 + step])
 
 
-class Ranks:
-    """The trainer as several processes of this machine, started as a cluster's launcher would, or by torchrun."""
-
-    def __init__(self, config_file: Path, world_size: int, *arguments: str, torchrun: bool = False):
-        command = ["pico_fast.train", "--config", str(config_file), *arguments]
-        if torchrun:
-            launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(world_size), "-m"]
-            self.processes = [self._start([*launcher, *command], {})]
-            return
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = str(probe.getsockname()[1])
-        self.processes = [
-            self._start(
-                command,
-                {
-                    "RANK": str(rank),
-                    "LOCAL_RANK": str(rank),
-                    "WORLD_SIZE": str(world_size),
-                    "LOCAL_WORLD_SIZE": str(world_size),
-                    "MASTER_ADDR": "127.0.0.1",
-                    "MASTER_PORT": port,
-                },
-            )
-            for rank in range(world_size)
-        ]
-
-    def _start(self, command: list[str], environment: dict[str, str]) -> subprocess.Popen:
-        return subprocess.Popen(
-            [sys.executable, "-W", "ignore::FutureWarning", "-m", *command],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env={**os.environ, **environment},
-        )
-
-    def __enter__(self) -> "Ranks":
-        return self
-
-    def __exit__(self, *exception) -> None:
-        for process in self.processes:
-            for child in [*psutil.Process(process.pid).children(recursive=True)] if process.poll() is None else []:
-                child.kill()
-            process.kill()
-            process.communicate()
-
-    def pid(self, rank: int) -> int:
-        """The process of ``rank`` below torchrun, or the one that was started for it."""
-        if len(self.processes) > 1:
-            return self.processes[rank].pid
-        children = psutil.Process(self.processes[0].pid).children(recursive=True)
-        return next(child.pid for child in children if child.environ().get("RANK") == str(rank))
-
-    def wait_for_step(self, layout: RunLayout, step: int) -> None:
-        deadline = time.monotonic() + 120
-        while not (layout.metrics.exists() and f'"step": {step},' in layout.metrics.read_text()):
-            ended = [process for process in self.processes if process.poll() is not None]
-            assert not ended, ended[0].communicate()[0]
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-
-    def outputs(self, timeout: float = 60) -> list[str]:
-        return [process.communicate(timeout=timeout)[0] for process in self.processes]
-
-    @property
-    def codes(self) -> list[int]:
-        return [process.returncode for process in self.processes]
-
-
 def test_torchrun_trains_as_one_process_does_and_a_killed_rank_ends_it_by_name(small_run):
     file = small_run("single", **{"model.attention_n_kv_heads": 4})
     assert train.main(["--config", str(file)]) == 0
     whole = small_run("parallel", **{"model.attention_n_kv_heads": 4})
-    with Ranks(whole, 4, "parallel.tp=2", torchrun=True) as ranks:
-        (output,) = ranks.outputs(120)
-        assert ranks.codes == [0], output
+    with Trainers.torchrun(whole, 2, "parallel.tp=2") as trainers:
+        (output,) = trainers.outputs(120)
+        assert trainers.codes == [0], output
     assert output.count("Done: 8 steps") == 1
-    assert output.count("4 processes: tp 2 x dp_shard 1 x dp_replicate 2") == 1
+    assert output.count("2 processes: tp 2 x dp_shard 1 x dp_replicate 1") == 1
     for found, expected in zip(numbers_of(layout_of(whole)), numbers_of(layout_of(file)), strict=True):
         assert found == pytest.approx(expected, rel=1e-5)
 
     killed = small_run("killed", **LONG)
-    with Ranks(killed, 2, "parallel.tp=2", torchrun=True) as ranks:
-        ranks.wait_for_step(layout_of(killed), 4)
-        os.kill(ranks.pid(1), signal.SIGKILL)
+    with Trainers.torchrun(killed, 2, "parallel.tp=2") as trainers:
+        trainers.wait_for_step(layout_of(killed), 4)
+        os.kill(trainers.pid(1), signal.SIGKILL)
         start = time.monotonic()
-        (output,) = ranks.outputs()
+        (output,) = trainers.outputs()
         assert time.monotonic() - start < 20
-        assert ranks.codes == [1]
+        assert trainers.codes == [1]
     assert "rank      : 1" in output  # torchrun's own report
     assert "Signal 9 (SIGKILL)" in output
     assert f"pico_fast.train: {LINE}" in output
@@ -193,14 +120,14 @@ def test_torchrun_trains_as_one_process_does_and_a_killed_rank_ends_it_by_name(s
 @pytest.mark.parametrize(("layout", "victim"), [("parallel.dp_shard=2", 0), ("parallel.tp=1", 1)])
 def test_without_torchrun_a_killed_rank_ends_the_others_too(small_run, layout, victim):
     file = small_run(**LONG)
-    with Ranks(file, 2, layout) as ranks:
-        ranks.wait_for_step(layout_of(file), 4)
-        os.kill(ranks.pid(victim), signal.SIGKILL)
+    with Trainers.ranks(file, 2, layout) as trainers:
+        trainers.wait_for_step(layout_of(file), 4)
+        os.kill(trainers.pid(victim), signal.SIGKILL)
         start = time.monotonic()
         survivor = 1 - victim
-        output = ranks.outputs()[survivor]
+        output = trainers.outputs()[survivor]
         assert time.monotonic() - start < 20
-        assert ranks.codes[survivor] == 1, output
+        assert trainers.codes[survivor] == 1, output
     who = "" if survivor == 0 else "rank 1: "
     (line,) = (line for line in output.splitlines() if LINE in line)
     assert line.startswith(f"pico_fast.train: {who}{LINE}")
@@ -211,19 +138,19 @@ def test_without_torchrun_a_killed_rank_ends_the_others_too(small_run, layout, v
 def test_a_signal_to_one_rank_stops_all_after_the_same_step(small_run):
     file = small_run(**LONG)
     layout = layout_of(file)
-    with Ranks(file, 2, "parallel.tp=2") as ranks:
-        ranks.wait_for_step(layout, 4)
-        os.kill(ranks.pid(1), signal.SIGTERM)
-        outputs = ranks.outputs()
-        assert ranks.codes == [0, 0], outputs
+    with Trainers.ranks(file, 2, "parallel.tp=2") as trainers:
+        trainers.wait_for_step(layout, 4)
+        os.kill(trainers.pid(1), signal.SIGTERM)
+        outputs = trainers.outputs()
+        assert trainers.codes == [0, 0], outputs
     step = layout.latest_step()
     assert 4 < step < 400
     assert verify_step(layout, step).good
     assert f"SIGTERM: stopped after {step} steps; the same command goes on from there" in outputs[0]
     assert "stopped after" not in outputs[1]
-    with Ranks(file, 2, f"training.max_steps={step + 1}") as ranks:  # tp 2 -> dp 2
-        outputs = ranks.outputs()
-        assert ranks.codes == [0, 0], outputs
+    with Trainers.ranks(file, 2, f"training.max_steps={step + 1}") as trainers:  # tp 2 -> dp 2
+        outputs = trainers.outputs()
+        assert trainers.codes == [0, 0], outputs
     assert "layout was tp 2 x dp_shard 1 x dp_replicate 1, now tp 1 x dp_shard 1 x dp_replicate 2" in outputs[0]
     assert set(numbers_of(layout)[0]) == set(range(step + 1))
 
@@ -236,9 +163,9 @@ def test_bad_data_on_one_rank_saves_and_ends_all_with_its_message_once(small_run
     rows = [row.copy() for row in pq.read_table(path)["input_ids"].to_numpy()]
     rows[39][3] = 64  # model.vocab_size
     pq.write_table(pa.table({"input_ids": rows}), path, row_group_size=1)
-    with Ranks(file, 2) as ranks:
-        outputs = ranks.outputs()
-        assert ranks.codes == [2, 2], outputs
+    with Trainers.ranks(file, 2) as trainers:
+        outputs = trainers.outputs()
+        assert trainers.codes == [2, 2], outputs
     messages = [line for output in outputs for line in output.splitlines() if line.startswith("pico_fast.train: ")]
     assert len(messages) == 1
     assert messages[0] in outputs[0]
@@ -251,59 +178,132 @@ def test_bad_data_on_one_rank_saves_and_ends_all_with_its_message_once(small_run
     assert layout_of(file).latest_step() == 8
 
 
-def refusals(commands: list[list[str]]) -> list[tuple[int, str]]:
-    """Exit code and output of each command."""
+def refusals(config_file: str, arguments: list[tuple[str, str]]) -> list[tuple[int, str]]:
+    """Exit code and output of the trainer with each of ``arguments``: rank 0 is given the first, rank 1 the second."""
+    train.SPEAKER_S = 0.1  # there is no launcher to end who waits
     found = []
-    for command in commands:
+    for given in arguments:
+        mine = given[int(os.environ["RANK"])]
         with contextlib.redirect_stderr(io.StringIO()) as error, contextlib.redirect_stdout(error):
-            found.append((train.main(command), error.getvalue()))
+            found.append((train.main(["--config", config_file, *mine.split()]), error.getvalue()))
     return found
 
 
 def test_wrong_input_is_one_message_of_rank_0_and_exit_code_2_on_all(small_run, tmp_path):
     file = small_run()
-    cases = {
+    both = {
         "parallel.tp=3": "parallel.tp: 3 does not divide",  # before the processes have met
         f"data.dataset.name={tmp_path / 'absent'}": "absent",
         f"checkpointing.runs_dir={file}": "the run directory must be writable",
     }
-    commands = [["--config", str(file), argument] for argument in cases]
-    of_0, of_1 = run_ranks(refusals, 2, commands)
-    for shown, (code, output) in zip(cases.values(), of_0, strict=True):
+    one_node = {
+        "training.optimization.lr=0.5": r"rank\(s\) 1 have another configuration",
+        "data.dataset.name=/absent/data": r"rank\(s\) 1 have another configuration.*/absent/data",
+    }
+    arguments = [*((argument, argument) for argument in both), *(("", argument) for argument in one_node)]
+    of_0, of_1 = run_ranks(refusals, 2, str(file), arguments)
+    for shown, (code, output) in zip([*both.values(), *one_node.values()], of_0, strict=True):
         assert code == 2
         assert output.count("pico_fast.train: ") == 1
-        assert shown in output
-    assert of_1 == [(2, "")] * 3
+        assert re.search(shown, output), output
+    assert of_1 == [(2, "")] * len(arguments)
     assert not layout_of(file).root.exists()
 
 
-def only_node(overrides: dict[int, str], config_file: str) -> tuple[int, str]:
-    """The trainer with an override that this rank alone is given."""
-    mine = overrides.get(int(os.environ["RANK"]))
-    ((code, output),) = refusals([["--config", config_file, *([mine] if mine else [])]])
-    return code, output
+FAULTY_TRAINER = """
+import os, sys, time
+from torch.distributed.elastic.multiprocessing.errors import record
+from pico_fast import run, train
+
+rank = int(os.environ["RANK"])
+{fault}
+sys.exit(record(train.main)())
+"""
 
 
-@pytest.mark.parametrize(
-    ("override", "shown"),
-    [
-        ("training.optimization.lr=0.5", r"rank\(s\) 1 have another configuration"),
-        ("data.dataset.name=/absent/data", r"rank 1: .*/absent/data"),
-    ],
-)
-def test_what_is_wrong_on_one_node_only_is_said_by_rank_0(small_run, override, shown):
-    (code, output), of_1 = run_ranks(only_node, 2, {1: override}, str(small_run()))
-    assert code == 2
-    assert re.search(shown, output), output
+def root_cause(output: str) -> str:
+    """The part of torchrun's report that blames a rank."""
+    return output.split("Root Cause (first observed failure):")[1]
+
+
+def test_the_message_of_a_slow_rank_0_is_not_lost_when_another_sees_the_mistake_first(small_run, tmp_path):
+    """torchrun ends all processes as soon as one has ended."""
+    script = tmp_path / "slow.py"
+    script.write_text(FAULTY_TRAINER.format(fault="time.sleep(0 if rank else 3)"))
+    with Trainers.torchrun(small_run(), 2, "parallel.tp=3", script=str(script)) as trainers:
+        (output,) = trainers.outputs()
+    assert trainers.codes == [1]
     assert output.count("pico_fast.train: ") == 1
-    assert of_1 == (2, "")
+    assert "parallel.tp: 3 does not divide" in output
+    assert "rank      : 0 (local_rank: 0)\n  exitcode  : 2" in root_cause(output)
+
+
+MISTAKE_IN_A_STEP = """
+def overdue(self):  # asked in the middle of a step
+    if rank == 1 and self.step == 3:
+        raise KeyError("a mistake of rank one")
+    return ask(self)
+ask, run.Run.overdue = run.Run.overdue, overdue
+"""
+
+
+def test_torchrun_blames_the_rank_that_raised_and_shows_where(small_run, tmp_path):
+    script = tmp_path / "faulty.py"
+    script.write_text(FAULTY_TRAINER.format(fault=MISTAKE_IN_A_STEP))
+    with Trainers.torchrun(small_run(), 2, "parallel.tp=2", script=str(script)) as trainers:
+        (output,) = trainers.outputs()
+    assert trainers.codes == [1]
+    assert "rank      : 1 (local_rank: 1)" in root_cause(output)
+    assert "KeyError: 'a mistake of rank one'" in root_cause(output)
+    assert "in overdue" in root_cause(output)
+    assert f"pico_fast.train: {LINE}" in output
+
+
+MISTAKE_BEFORE_A_SAVE = """
+def gather_full(model, parallel):  # the second time: step 4; the other rank sends its parts, and goes on to the save
+    calls.append(1)
+    if rank == 0 and len(calls) == 2:
+        raise MemoryError("no room for all weights")
+    return gather(model, parallel)
+calls, gather, run.gather_full = [], run.gather_full, gather_full
+"""
+
+
+def test_a_rank_that_fails_alone_before_a_save_ends_the_run_at_once(small_run, tmp_path):
+    """It is no failed save, which all ranks would be told of."""
+    script = tmp_path / "faulty.py"
+    script.write_text(FAULTY_TRAINER.format(fault=MISTAKE_BEFORE_A_SAVE))
+    file = small_run()
+    with Trainers.ranks(file, 2, "parallel.tp=2", script=str(script)) as trainers:
+        of_0, of_1 = trainers.outputs()
+        assert trainers.codes == [1, 1], of_0
+    assert "MemoryError: no room for all weights" in of_0
+    assert "training goes on" not in of_0
+    assert f"pico_fast.train: rank 1: {LINE}" in of_1
+    assert layout_of(file).latest_step() == 0
+
+
+def test_an_assertion_on_a_device_is_said_by_its_rank(small_run, monkeypatch, capsys):
+    """The others only see that they have lost a peer."""
+
+    def failing(model, optimizer, micro_batches, **settings):
+        if settings["step"] == 2:
+            raise RuntimeError("CUDA error: device-side assert triggered\nmore lines")
+        return step(model, optimizer, micro_batches, **settings)
+
+    step = train.training_step
+    monkeypatch.setattr(train, "training_step", failing)
+    monkeypatch.setenv("RANK", "1")
+    assert train.main(["--config", str(small_run())]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("pico_fast.train: rank 1: an assertion failed on cpu, in step 2 or shortly before it (CUDA")
 
 
 def test_only_rank_0_writes_metrics_and_logs(small_run):
     file = small_run(max_steps=3)
-    with Ranks(file, 2, "parallel.dp_shard=2") as ranks:
-        outputs = ranks.outputs()
-        assert ranks.codes == [0, 0], outputs
+    with Trainers.ranks(file, 2, "parallel.dp_shard=2") as trainers:
+        outputs = trainers.outputs()
+        assert trainers.codes == [0, 0], outputs
     layout = layout_of(file)
     assert outputs[1].strip() == ""
     assert len(list(layout.logs.iterdir())) == 1
