@@ -2,7 +2,8 @@
 
 The first six sections (``data``, ``model``, ``training``, ``evaluation``, ``monitoring``, ``checkpointing``) carry
 pico-train's keys and defaults (github.com/pico-lm/pico-train), so its YAML files run unchanged. Keys that
-pico-train does not have stand after the comment ``pico-fast``; ``kernels`` and ``runtime`` are sections of our own.
+pico-train does not have stand after the comment ``pico-fast``; ``kernels``, ``parallel`` and ``runtime`` are sections
+of our own.
 
 A field's bounds and choices stand in its metadata (see :func:`setting`), rules between fields in :func:`problems`.
 Reading, overriding, checking and writing YAML is in :mod:`pico_fast.config_io`.
@@ -13,7 +14,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import PurePath
-from typing import Any
+from typing import Any, Literal
+
+from pico_fast.parallel.layout import layout_of, layout_problems
 
 
 def setting(
@@ -258,11 +261,26 @@ class KernelsConfig:
 
 
 @dataclass
+class ParallelConfig:
+    """How the processes that torchrun starts share the work: ``dp_replicate * dp_shard * tp`` of them.
+
+    Activation checkpointing recomputes in the backward pass what it does not keep: whole blocks, or their attention.
+    """
+
+    tp: int = setting(1, low=1)  # ranks that split heads, hidden units and tokens; 1, 2 or 4 for Pico's models
+    dp_replicate: int | Literal["auto"] = setting("auto", low=1)  # ranks with all weights; auto fills the world
+    dp_shard: int = setting(1, low=1)  # ranks that hold a shard of the weights each (FSDP2)
+    timeout_s: int = setting(600, low=1)  # a collective that takes longer ends the run: a rank has died or hangs
+    activation_checkpointing: str = setting("none", choices=("none", "block", "attention"))
+    symmetric_memory: bool = False  # products fused with their communication, over NVLink
+
+
+@dataclass
 class RuntimeConfig:
     """The process itself."""
 
     seed: int = setting(42, low=0, high=2**63 - 1)  # pico-train's fixed seed; decides the initial weights
-    threads: int | None = setting(None, low=1)  # CPU threads of torch; null: every core this process may use
+    threads: int | None = setting(None, low=1)  # CPU threads of torch; null: this node's cores / its processes
 
 
 @dataclass
@@ -276,6 +294,7 @@ class Config:
     monitoring: MonitoringConfig = field(default_factory=MonitoringConfig)
     checkpointing: CheckpointingConfig = field(default_factory=CheckpointingConfig)
     kernels: KernelsConfig = field(default_factory=KernelsConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
 
     @property
@@ -294,20 +313,30 @@ def _values_out_of_bounds(section: Any, prefix: str) -> Iterator[str]:
         for item in value if isinstance(value, list) else [value]:
             if choices and item is not None and item not in choices:
                 yield f"{key}: {item!r} is not one of {', '.join(map(str, choices))}"
-            if low is not None and item is not None and not item >= low:
+            if not isinstance(item, (int, float)):  # null, or a word such as auto
+                continue
+            if low is not None and not item >= low:
                 yield f"{key}: {item} must be at least {low}"
-            if above is not None and item is not None and not item > above:
+            if above is not None and not item > above:
                 yield f"{key}: {item} must be greater than {above}"
-            if high is not None and item is not None and not item <= high:
+            if high is not None and not item <= high:
                 yield f"{key}: {item} must be at most {high}"
 
 
-def problems(config: Config, world_size: int = 1) -> list[str]:
-    """What is wrong with the values of ``config`` for ``world_size`` processes: messages with dotted keys."""
+def problems(config: Config, world_size: int | None = None) -> list[str]:
+    """What is wrong with the values of ``config``: messages with dotted keys.
+
+    ``world_size`` is the number of processes that are to train; None where nothing is, so that a tool of one process
+    reads the configuration of a parallel run.
+    """
     found = list(_values_out_of_bounds(config, ""))
     model, optimization = config.model, config.training.optimization
-    if min(config.data.dataloader.batch_size, optimization.gradient_accumulation_steps) > 0:
-        found += _batch_problems(config, world_size)
+    if not any(_values_out_of_bounds(config.parallel, "parallel.")):
+        unfitting = layout_problems(config, world_size)
+        found += unfitting
+        sizes = config.data.dataloader.batch_size, optimization.gradient_accumulation_steps
+        if min(sizes) > 0 and not unfitting:  # else into how many shares rows are dealt is not known
+            found += _batch_problems(config, world_size)
     if min(model.d_model, model.attention_n_heads, model.attention_n_kv_heads) > 0:
         found += _head_problems(model)
     if optimization.beta1 >= 1 or optimization.beta2 >= 1:
@@ -332,14 +361,17 @@ def _folder_problems(checkpointing: CheckpointingConfig) -> Iterator[str]:
         yield f"{', '.join(folders)}: {', '.join(folders.values())} must be different folders"
 
 
-def _batch_problems(config: Config, world_size: int) -> Iterator[str]:
+def _batch_problems(config: Config, world_size: int | None) -> Iterator[str]:
     batch = config.data.dataloader.batch_size
     accumulation = config.training.optimization.gradient_accumulation_steps
-    if batch % (accumulation * world_size):
+    dp_size = layout_of(config.parallel, world_size).dp_size
+    unit = accumulation * dp_size
+    if batch % unit:
+        below = batch // unit * unit
         yield (
             f"data.dataloader.batch_size: {batch} rows do not divide into training.optimization."
-            f"gradient_accumulation_steps = {accumulation} micro-batches on {world_size} process(es); "
-            f"give a multiple of {accumulation * world_size}"
+            f"gradient_accumulation_steps = {accumulation} micro-batches on {dp_size} data-parallel process(es); "
+            f"give a multiple of {unit}, such as {f'{below} or ' if below else ''}{below + unit}"
         )
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import re
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,8 @@ def _described(hint: Any) -> str:
         return "null"
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return " or ".join(_described(option) for option in typing.get_args(hint))
+    if typing.get_origin(hint) is typing.Literal:
+        return " or ".join(typing.get_args(hint))
     if typing.get_origin(hint) is list:
         return f"a list of {_described(typing.get_args(hint)[0])}"
     return {int: "an integer", float: "a number", bool: "true or false", str: "a string"}[hint]
@@ -83,10 +86,11 @@ def _coerced(value: Any, hint: Any) -> Any:
     if isinstance(value, _Scalar) and origin is None:
         value = value.text if hint is str else value.value
     if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in typing.get_args(hint):
-            return None
-        (hint,) = (option for option in typing.get_args(hint) if option is not type(None))
-        return _coerced(value, hint)
+        return _coerced_to_one_of(value, typing.get_args(hint))
+    if origin is typing.Literal:
+        if value not in typing.get_args(hint):
+            raise TypeError
+        return value
     if origin is list:
         if not isinstance(value, list):
             raise TypeError
@@ -103,6 +107,17 @@ def _coerced(value: Any, hint: Any) -> Any:
     if type(value) is not hint:
         raise TypeError
     return value
+
+
+def _coerced_to_one_of(value: Any, hints: Sequence[Any]) -> Any:
+    """``value`` as the first of ``hints`` that takes it; TypeError if none does."""
+    if value is None and type(None) in hints:
+        return None
+    for hint in hints:
+        if hint is not type(None):
+            with contextlib.suppress(TypeError):
+                return _coerced(value, hint)
+    raise TypeError
 
 
 def _near_miss(name: str, known: Sequence[str]) -> str:
@@ -157,11 +172,13 @@ def _override(text: str, tree: dict[str, Any], found: list[str]) -> None:
         found.append(f"{key}: {value!r} is not valid YAML")
 
 
-def load_config(path: str | Path | None = None, overrides: Sequence[str] = (), *, world_size: int = 1) -> Config:
+def load_config(
+    path: str | Path | None = None, overrides: Sequence[str] = (), *, world_size: int | None = None
+) -> Config:
     """The configuration from a YAML file (None: the defaults) and ``section.key=value`` overrides.
 
     Raises ConfigError that names every problem: unknown keys with the near miss, wrong types, values out of bounds,
-    shapes that do not divide for ``world_size`` processes.
+    shapes that do not divide for ``world_size`` processes (None: nobody is to train, any number will do).
     """
     source, tree = "configuration", {}
     found: list[str] = []
@@ -189,3 +206,12 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = (), *
 def to_yaml(config: Config) -> str:
     """``config`` as YAML: plain dictionaries, keys in alphabetical order, as pico-train's training_config.yaml."""
     return yaml.safe_dump(dataclasses.asdict(config), sort_keys=True, allow_unicode=True)
+
+
+def changes(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Dotted keys that both have with different values, and the two values."""
+    for name in sorted(set(before) & set(now)):
+        if isinstance(before[name], Mapping) and isinstance(now[name], Mapping):
+            yield from changes(before[name], now[name], f"{prefix}{name}.")
+        elif before[name] != now[name]:
+            yield f"{prefix}{name}", before[name], now[name]

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -20,6 +20,9 @@ from typing import Protocol
 import numpy as np
 import torch
 from torch import Tensor
+
+from pico_fast.parallel.agreement import highest, sum_over_ranks
+from pico_fast.parallel.mesh import SINGLE, Parallel
 
 IGNORED = -100  # label that costs nothing
 
@@ -64,6 +67,7 @@ def evaluate_perplexity(
     device: torch.device | str,
     should_stop: Callable[[], bool] | None = None,
     progress: Callable[[int, int], None] | None = None,
+    parallel: Parallel = SINGLE,
 ) -> PerplexityResult | None:
     """Perplexity of ``documents`` (token ids each, at most the model's ``max_seq_len``), or None if it was stopped.
 
@@ -71,12 +75,15 @@ def evaluate_perplexity(
     little padding and memory that does not suffice shows at once; the result does not depend on it. Nothing is read
     back from the device before the end, and weights, gradients, random state and the model's mode are left alone.
 
+    Several processes: every rank must call it, with the same documents, and gets the same result. The batches are dealt
+    out over the data-parallel ranks, each of which does equally many forward passes, since FSDP's are collective.
+
     Args:
         model: has ``loss``; used as it is.
         documents: their order does not matter.
-        batch_size: documents per forward pass.
+        batch_size: documents per forward pass of one process.
         device: where the model is.
-        should_stop: asked before every batch; True gives up.
+        should_stop: asked before every batch; True on any rank gives up.
         progress: called with (documents done, all) after every batch has been given to the device.
 
     Raises ValueError if no document has two tokens.
@@ -88,16 +95,24 @@ def evaluate_perplexity(
     if not counted:
         raise ValueError(f"none of the {len(given)} documents has two tokens, the least that has a perplexity")
 
-    sums = []
+    sums: list[tuple[int, Tensor]] = []  # number of a batch's first document, losses of its documents
     with torch.no_grad():  # not inference_mode: what an op caches during it could not be used in training afterwards
-        for done, (input_ids, labels) in _batches(counted, batch_size, device):
-            if should_stop is not None and should_stop():
+        for first in range(0, len(counted), batch_size * parallel.dp_size):
+            if should_stop is not None and highest(parallel, int(should_stop())) != (0,):
                 return None
+            mine = first + batch_size * parallel.dp_rank
+            documents_now = counted[mine : mine + batch_size]
+            # a rank that the last round leaves without documents goes along with one, for the others' sake
+            input_ids, labels = _batch(documents_now or counted[-1:], device, multiple_of=parallel.tp.size)
             losses = model.loss(input_ids, labels, reduction="none")
-            sums.append(losses.view(labels.shape).sum(1))
+            if documents_now and parallel.tp.rank == 0:  # its neighbours have the same losses
+                sums.append((mine, losses.view(labels.shape).sum(1)))
             if progress is not None:
-                progress(done, len(counted))
-    nll = torch.cat(sums).cpu().double().numpy()  # the one wait for the device
+                progress(min(first + batch_size * parallel.dp_size, len(counted)), len(counted))
+    losses_of_all = torch.zeros(len(counted), dtype=torch.float64)
+    for mine, losses in sums:  # the one wait for the device
+        losses_of_all[mine : mine + len(losses)] = losses
+    nll = sum_over_ranks(parallel, losses_of_all).numpy()
 
     tokens = np.array([len(document) - 1 for document in counted])
     with np.errstate(over="ignore"):  # a diverged model has perplexity inf
@@ -111,19 +126,17 @@ def evaluate_perplexity(
         )
 
 
-def _batches(
-    documents: Sequence[np.ndarray], batch_size: int, device: torch.device
-) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
-    """Documents done after the batch, and its inputs and labels (B, S) int64, padded on the right."""
-    for first in range(0, len(documents), batch_size):
-        batch = documents[first : first + batch_size]
-        shape = (len(batch), max(map(len, batch)) - 1)
-        input_ids, labels = torch.zeros(shape, dtype=torch.int64), torch.full(shape, IGNORED)
-        for row, document in enumerate(batch):
-            ids = torch.from_numpy(document.astype(np.int64))
-            input_ids[row, : len(ids) - 1] = ids[:-1]
-            labels[row, : len(ids) - 1] = ids[1:]
-        yield first + len(batch), (_to(input_ids, device), _to(labels, device))
+def _batch(documents: Sequence[np.ndarray], device: torch.device, *, multiple_of: int) -> tuple[Tensor, Tensor]:
+    """Inputs and labels (B, S) int64 of ``documents``, padded on the right until S is a multiple of ``multiple_of``,
+    the number of ranks that share the tokens."""
+    length = max(map(len, documents)) - 1
+    shape = (len(documents), -(-length // multiple_of) * multiple_of)
+    input_ids, labels = torch.zeros(shape, dtype=torch.int64), torch.full(shape, IGNORED)
+    for row, document in enumerate(documents):
+        ids = torch.from_numpy(document.astype(np.int64))
+        input_ids[row, : len(ids) - 1] = ids[:-1]
+        labels[row, : len(ids) - 1] = ids[1:]
+    return _to(input_ids, device), _to(labels, device)
 
 
 def _to(tensor: Tensor, device: torch.device) -> Tensor:

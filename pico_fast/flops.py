@@ -9,16 +9,21 @@ from dataclasses import dataclass
 import torch
 
 from pico_fast.config import ModelConfig
+from pico_fast.parallel.layout import Layout
 
 
 @dataclass(frozen=True)
 class ParameterCounts:
-    """Numbers of parameters; ``total`` is the sum of the three others (embedding and head are untied)."""
+    """Numbers of parameters; ``total`` is embedding, head (they are untied) and the rest.
+
+    ``split`` are those of the rest that tensor parallelism splits: all but the norms.
+    """
 
     total: int
     embedding: int
     head: int
     non_embedding: int
+    split: int
 
 
 def parameter_counts(config: ModelConfig) -> ParameterCounts:
@@ -27,9 +32,10 @@ def parameter_counts(config: ModelConfig) -> ParameterCounts:
     key_value_dim = config.attention_n_kv_heads * config.head_dim
     attention = config.d_model * (2 * attention_dim + 2 * key_value_dim)
     swiglu = 3 * config.d_model * config.activation_hidden_dim
-    non_embedding = config.n_layers * (attention + swiglu + 2 * config.d_model) + config.d_model
+    split = config.n_layers * (attention + swiglu)
+    non_embedding = split + (2 * config.n_layers + 1) * config.d_model
     vocabulary = config.vocab_size * config.d_model
-    return ParameterCounts(2 * vocabulary + non_embedding, vocabulary, vocabulary, non_embedding)
+    return ParameterCounts(2 * vocabulary + non_embedding, vocabulary, vocabulary, non_embedding, split)
 
 
 #: How :func:`flops_per_token` counts, for the user who reads an MFU.
@@ -64,29 +70,57 @@ class TrainingMemory:
         return self.weights + self.gradients + self.moments + self.activations
 
 
-def training_memory(config: ModelConfig, *, precision: str, rows: int, seq_len: int) -> TrainingMemory:
-    """Estimate for AdamW and micro-batches of ``rows`` sequences of ``seq_len`` tokens, nothing sharded or recomputed.
+def training_memory(
+    config: ModelConfig,
+    *,
+    precision: str,
+    rows: int,
+    seq_len: int,
+    micro_batches: int = 1,
+    layout: Layout = Layout(),  # noqa: B008 (frozen)
+    recomputed: str = "none",
+) -> TrainingMemory:
+    """Estimate for AdamW and ``micro_batches`` of ``rows`` sequences of ``seq_len`` tokens on each data-parallel rank.
 
-    ``precision`` is ``training.fabric.precision``. Weights include the bf16 copies that ``bf16-mixed`` keeps for the
-    backward pass. Activations are the tensors that fused kernels save for the backward pass; plain PyTorch operations
-    save somewhat more, and the loss's working memory (a chunk of logits, never all) comes on top.
+    ``precision`` is ``training.fabric.precision``, ``recomputed`` ``parallel.activation_checkpointing``. Weights
+    include the bf16 copies that ``bf16-mixed`` keeps for the backward pass (with FSDP2 those of one block and of
+    embedding and head, which it gathers in any precision). FSDP2 sums gradients over the ranks after the last
+    micro-batch only, and holds whole ones in float32 until then. Activations are the tensors that fused kernels save
+    for the backward pass; plain PyTorch operations save somewhat more, and the loss's working memory (a chunk of
+    logits, never all) comes on top.
     """
-    n = parameter_counts(config).total
+    counts = parameter_counts(config)
+    on_rank = counts.total - counts.split + counts.split // layout.tp
     stored = 2 if precision == "bf16-true" else 4
     computed = 4 if precision == "32-true" else 2
+    copied = on_rank if precision == "bf16-mixed" else 0
+    if layout.dp_shard > 1:
+        copied = counts.embedding + counts.head + counts.split // layout.tp // config.n_layers
+    shard = on_rank // layout.dp_shard
+    whole_gradients = 4 * on_rank if layout.dp_shard > 1 and micro_batches > 1 else 0
+    per_token = _saved_per_token(config, computed, recomputed)
+    return TrainingMemory(
+        weights=shard * stored + copied * computed,
+        gradients=shard * stored + whole_gradients,
+        moments=2 * shard * stored,
+        activations=rows * seq_len * per_token // layout.tp,
+    )
+
+
+def _saved_per_token(config: ModelConfig, computed: int, recomputed: str) -> int:
+    """Bytes that the forward pass keeps of one token: its residual stream, norms, heads and hidden units."""
     attention_dim = config.attention_n_heads * config.head_dim
     key_value_dim = config.attention_n_kv_heads * config.head_dim
-    # per token and layer: two residuals and their norms, q and the attention's output, k and v, and gate, up and their
-    # product
-    saved = 4 * config.d_model + 2 * attention_dim + 2 * key_value_dim + 3 * config.activation_hidden_dim
-    log_sum_exp = 4 * config.attention_n_heads
-    per_token = config.n_layers * (saved * computed + log_sum_exp) + 2 * config.d_model * computed
-    return TrainingMemory(
-        weights=n * (stored + (computed if precision == "bf16-mixed" else 0)),
-        gradients=n * stored,
-        moments=2 * n * stored,
-        activations=rows * seq_len * per_token,
-    )
+    # q and the attention's output, k and v, and the log-sum-exp of each head
+    attention = (2 * attention_dim + 2 * key_value_dim) * computed + 4 * config.attention_n_heads
+    # two residuals and their norms, and gate, up and their product
+    rest = (4 * config.d_model + 3 * config.activation_hidden_dim) * computed
+    ends = 2 * config.d_model * computed
+    if recomputed == "block":  # each block's two inputs, and one block in full while it is computed again
+        return config.n_layers * 2 * config.d_model * computed + attention + rest + ends
+    if recomputed == "attention":
+        return config.n_layers * rest + attention + ends
+    return config.n_layers * (attention + rest) + ends
 
 
 #: Dense bf16 peak of one device with fp32 accumulation, FLOP/s, by a pattern of its name as the driver reports it; from

@@ -34,6 +34,16 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def rank() -> int:
+    """This process among those that torchrun started (0 without it)."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def local_world_size() -> int:
+    """Processes that torchrun started on this node (1 without it)."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 @dataclass(frozen=True)
 class Runtime:
     """What the rest of a run needs to know of its process. ``warnings`` are for the user, one line each."""
@@ -50,14 +60,26 @@ class Runtime:
 
 
 def _device(accelerator: str) -> tuple[torch.device, str | None]:
-    index = int(os.environ.get("LOCAL_RANK", "0"))
+    """This process's device, and what to tell the user about it. Raises UsageError where devices do not suffice."""
+    index, processes = int(os.environ.get("LOCAL_RANK", "0")), local_world_size()
     available = {
         "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
+        "mps": torch.backends.mps.is_available() and world_size() == 1,  # it has no collectives
         "cpu": True,
     }
     wanted = {"gpu": "cuda"}.get(accelerator, accelerator)
     kind = next(kind for kind, there in available.items() if there) if wanted == "auto" else wanted
+    if kind == "mps" and world_size() > 1:
+        raise UsageError(
+            f"training.fabric.accelerator: mps trains in one process, {world_size()} were started; "
+            "start one, or give training.fabric.accelerator=cpu"
+        )
+    if kind == "cuda" and available[kind] and torch.cuda.device_count() < processes:
+        count = torch.cuda.device_count()
+        raise UsageError(
+            f"{processes} processes were started on a node with {count} GPU(s), one is needed for each: "
+            f"give --nproc-per-node {count}, or training.fabric.accelerator=cpu"
+        )
     if available[kind]:
         return torch.device(kind, index) if kind == "cuda" else torch.device(kind), None
     return torch.device("cpu"), (
@@ -69,25 +91,21 @@ def _device(accelerator: str) -> tuple[torch.device, str | None]:
 def start_runtime(config: Config) -> Runtime:
     """Choose device and precision and set torch's thread count.
 
-    torchrun sets OMP_NUM_THREADS=1, which would leave a CPU run on one core: ``runtime.threads`` (default: every core
-    this process may use) is set here instead. Raises UsageError for more than one process.
+    torchrun sets OMP_NUM_THREADS=1, which would leave a CPU run on one core: ``runtime.threads`` (default: the cores
+    that this process may use, shared by the processes of this node) is set here instead. Raises UsageError where the
+    node has too few devices for its processes.
     """
-    fabric = config.training.fabric
-    if world_size() > 1:
-        raise UsageError(
-            f"{world_size()} processes were started, this version of pico-fast trains in one: "
-            "use --nproc-per-node 1 and --nnodes 1"
-        )
+    fabric, processes = config.training.fabric, world_size()
     warnings = []
-    if fabric.num_nodes * fabric.num_devices != world_size():
+    if fabric.num_nodes * fabric.num_devices != processes and (fabric.num_nodes, fabric.num_devices) != (1, 1):
+        started = "the 1 process started here decides" if processes == 1 else f"the {processes} started here decide"
         warnings.append(
-            f"training.fabric asks for {fabric.num_nodes} node(s) x {fabric.num_devices} device(s); "
-            f"the {world_size()} process started here decides"
+            f"training.fabric asks for {fabric.num_nodes} node(s) x {fabric.num_devices} device(s); {started}"
         )
     device, warning = _device(fabric.accelerator)
     if warning:
         warnings.append(warning)
-    threads = config.runtime.threads or usable_cores()
+    threads = config.runtime.threads or max(1, usable_cores() // local_world_size())
     torch.set_num_threads(threads)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -122,8 +140,9 @@ class GracefulStop:
         if self.received is None:
             self.received, self._first = signal.Signals(number), now
             text = f"\n{self.received.name}: finishing the step, then saving; again: exit at once, unsaved\n"
-            with contextlib.suppress(OSError):  # os.write: print may be interrupted by this very signal
-                os.write(2, text.encode())
+            if rank() == 0:  # torchrun signals every process; the run's last line names a signal to any of them
+                with contextlib.suppress(OSError):  # os.write: print may be interrupted by this very signal
+                    os.write(2, text.encode())
         elif now - self._first > self.same_request_s:
             os._exit(128 + number)  # the last committed checkpoint stands; nothing is half-renamed by this
 

@@ -18,7 +18,7 @@ from pico_fast.checkpoint.rng import set_rng_state
 from pico_fast.checkpoint.save import remove_leftovers
 from pico_fast.checkpoint.state import LoadedState, StateMismatchError, load_state_tensors
 from pico_fast.config import Config
-from pico_fast.config_io import to_yaml
+from pico_fast.config_io import changes, to_yaml
 from pico_fast.data.errors import TokenizerError
 from pico_fast.data.evaluation_documents import Documents, load_documents
 from pico_fast.data.source import TokenRows, open_rows
@@ -26,10 +26,14 @@ from pico_fast.data.tokenizer import Tokenizer, load_tokenizer
 from pico_fast.flops import flops_per_token, parameter_counts, peak_flops
 from pico_fast.model.build import build_kernels, build_model
 from pico_fast.model.decoder import PicoDecoder
-from pico_fast.monitor import Monitor
+from pico_fast.monitor import Monitor, SilentMonitor
 from pico_fast.optim import build_optimizer
-from pico_fast.run import Run
-from pico_fast.runtime import GracefulStop, Runtime, UsageError
+from pico_fast.parallel.agreement import from_main, ranks_that_differ, together
+from pico_fast.parallel.data_parallel import parallelise
+from pico_fast.parallel.layout import layout_of, row_problem
+from pico_fast.parallel.mesh import SINGLE, Parallel
+from pico_fast.run import Run, machine
+from pico_fast.runtime import GracefulStop, Runtime, UsageError, world_size
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,9 @@ def open_inputs(config: Config, runtime: Runtime, kernels: KernelSet) -> Inputs:
             f"{dataset.name} has rows of {rows.row_len} ids: the model sees {rows.row_len - 1} tokens at a time, "
             f"less than model.max_seq_len = {model.max_seq_len}"
         )
+    problem = row_problem(config, rows.row_len - 1, world_size())
+    if problem is not None:
+        raise UsageError(f"data.dataset.name: {dataset.name} {problem}")
     tokenizer = None
     try:
         tokenizer = load_tokenizer(config.data.tokenizer.name)
@@ -77,51 +84,85 @@ def open_inputs(config: Config, runtime: Runtime, kernels: KernelSet) -> Inputs:
 
 
 @contextlib.contextmanager
-def prepare_run(config: Config, runtime: Runtime, stop: GracefulStop) -> Iterator[Run]:
+def prepare_run(config: Config, runtime: Runtime, stop: GracefulStop, parallel: Parallel = SINGLE) -> Iterator[Run]:
     """Open the inputs, lock the run directory, build the model and load the newest good checkpoint.
 
     Nothing is written before everything that the user gave has been looked at. Raises UsageError, DataError,
     TokenizerError, MonitorError or RunLockedError for wrong input, CheckpointError if a run has checkpoints and none
-    of them is good.
+    of them is good. What one rank raises all raise.
     """
     if config.checkpointing.run_name is None:
-        config.checkpointing.run_name = default_run_name()
+        config.checkpointing.run_name = from_main(parallel, default_run_name)
     layout = RunLayout.from_config(config.checkpointing)
-    inputs = open_inputs(config, runtime, build_kernels(config, runtime))
+    with together(parallel):
+        inputs = open_inputs(config, runtime, build_kernels(config, runtime))
+        fingerprint = inputs.rows.fingerprint()
+    _require_same_data(config, fingerprint, parallel)
     with contextlib.ExitStack() as stack:
-        try:
-            run = _enter_run(stack, config, runtime, layout, inputs, stop)
-        except OSError as error:
-            raise UsageError(
-                f"{error.filename or layout.root}: {error.strerror or error}; the run directory must be writable "
-                "(checkpointing.runs_dir, checkpointing.run_name) and its disk not full"
-            ) from None
-        yield run
+        yield _enter_run(stack, config, runtime, layout, inputs, fingerprint, stop, parallel)
+
+
+def _require_same_data(config: Config, fingerprint: str, parallel: Parallel) -> None:
+    """Raises UsageError, on all ranks, where one has other data: its node has other files."""
+    others = ranks_that_differ(parallel, fingerprint)
+    if others:
+        raise UsageError(
+            f"rank(s) {', '.join(map(str, others))} have another dataset (data.dataset.name: "
+            f"{config.data.dataset.name}) than rank 0; give every node the same"
+        )
+
+
+@contextlib.contextmanager
+def _blaming_run_dir(layout: RunLayout) -> Iterator[None]:
+    """Raises UsageError for an OSError: only the run directory is written to."""
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(
+            f"{error.filename or layout.root}: {error.strerror or error}; the run directory must be writable "
+            "(checkpointing.runs_dir, checkpointing.run_name) and its disk not full"
+        ) from None
 
 
 def _enter_run(
-    stack: contextlib.ExitStack, config: Config, runtime: Runtime, layout: RunLayout, inputs: Inputs, stop: GracefulStop
+    stack: contextlib.ExitStack,
+    config: Config,
+    runtime: Runtime,
+    layout: RunLayout,
+    inputs: Inputs,
+    fingerprint: str,
+    stop: GracefulStop,
+    parallel: Parallel,
 ) -> Run:
-    """Lock, model, checkpoint and monitor; ``stack`` gives back what was taken."""
-    stack.enter_context(RunLock(layout))
-    remove_leftovers(layout)
-    model = build_model(config, inputs.kernels, runtime)
+    """Lock, model, checkpoint and monitor; ``stack`` gives back what was taken. Rank 0 alone locks and writes."""
+    with together(parallel), _blaming_run_dir(layout):
+        if parallel.is_main:
+            stack.enter_context(RunLock(layout))
+            remove_leftovers(layout)
+        model = build_model(config, inputs.kernels, runtime, parallel)
+    loss_function = parallelise(model, runtime, parallel)
     optimizer = build_optimizer(model, config.training.optimization)
-    fingerprint, notes = inputs.rows.fingerprint(), list(inputs.warnings)
-    found = latest_good(layout)
+    notes = list(inputs.warnings)
+    found = latest_good(layout, parallel)
     counters: dict[str, Any] = {"step": 0}
     if found is not None:
         step, state, rejected = found
         notes += [f"step_{damaged} was passed over: {reason}" for damaged, reason in rejected]
-        notes += _resume(config, runtime, layout, state, model, optimizer, fingerprint)
-        durable = step if state.source == "pico-fast" and layout.latest_step() == step else None
+        with together(parallel):
+            notes += _resume(config, runtime, layout, state, model, optimizer, fingerprint, parallel)
+        latest = from_main(parallel, layout.latest_step)
+        durable = step if state.source == "pico-fast" and latest == step else None
         counters = {"step": step, "saved_step": durable, "resumed_step": step}
         counters |= {name: state.meta.get(name, 0) for name in ("nonfinite", "nonfinite_in_a_row")}
-    monitor = stack.enter_context(open_monitor(config, runtime, layout, inputs.rows.row_len - 1, counters))
-    introduce(monitor, config, runtime, layout, inputs, resumed=found is not None)
-    for note in notes:
-        monitor.warning(note)
-    write_config(layout, config)
+    monitor: Monitor | SilentMonitor = SilentMonitor(config)
+    with together(parallel), _blaming_run_dir(layout):
+        if parallel.is_main:
+            seq_len = inputs.rows.row_len - 1
+            monitor = stack.enter_context(open_monitor(config, runtime, layout, seq_len, counters, parallel))
+            introduce(monitor, config, runtime, layout, inputs, parallel, resumed=found is not None)
+            for note in notes:
+                monitor.warning(note)
+            write_config(layout, config)
     return Run(
         config=config,
         runtime=runtime,
@@ -129,11 +170,13 @@ def _enter_run(
         stop=stop,
         monitor=monitor,
         model=model,
+        loss_function=loss_function,
         optimizer=optimizer,
         rows=inputs.rows,
         data_fingerprint=fingerprint,
         tokenizer=inputs.tokenizer,
         documents=inputs.documents,
+        parallel=parallel,
         **counters,
     )
 
@@ -146,6 +189,7 @@ def _resume(
     model: PicoDecoder,
     optimizer: Any,
     fingerprint: str,
+    parallel: Parallel,
 ) -> list[str]:
     """Load ``state``; returns what differs from the run that saved it. Raises UsageError where it cannot go on."""
     if not config.checkpointing.training.auto_resume:
@@ -156,15 +200,15 @@ def _resume(
     notes = list(state.warnings)
     before = state.meta.get("config")
     if before is not None:
-        changes = list(_changes(before, dataclasses.asdict(config)))
-        if any(key.startswith("model.") for key, _, _ in changes):
+        changed = list(changes(before, dataclasses.asdict(config)))
+        if any(key.startswith("model.") for key, _, _ in changed):
             raise UsageError(
                 f"{layout.step_dir(state.step)} is of another model: "
-                + "; ".join(f"{key} was {old}, now {new}" for key, old, new in changes if key.startswith("model."))
+                + "; ".join(f"{key} was {old}, now {new}" for key, old, new in changed if key.startswith("model."))
                 + "; give the old values or another checkpointing.run_name"
             )
-        notes += [f"changed since the last checkpoint: {key} was {old!r}, now {new!r}" for key, old, new in changes]
-    for name, old, new in _changes(state.meta.get("machine", {}), runtime.describe()):
+        notes += [f"changed since the last checkpoint: {key} was {old!r}, now {new!r}" for key, old, new in changed]
+    for name, old, new in changes(state.meta.get("machine", {}), machine(config, runtime, parallel)):
         notes.append(f"{name} was {old}, now {new}: the run goes on, but not bit for bit as it would have there")
     if state.source == "pico-train":
         saved, now = state.meta["param_groups"][0], optimizer.param_groups[0]
@@ -176,7 +220,7 @@ def _resume(
             f"step {state.step} goes on with rows counted in the new data"
         )
     try:
-        load_state_tensors(model, optimizer, state.tensors)
+        load_state_tensors(model, optimizer, state.tensors, parallel)
     except StateMismatchError as error:
         raise UsageError(f"{layout.step_dir(state.step)}: {error}") from None
     unset = set_rng_state(state.meta.get("rng", {}))
@@ -185,19 +229,18 @@ def _resume(
     return notes
 
 
-def _changes(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Dotted keys whose values differ, with both values."""
-    for name in sorted(set(before) & set(now)):
-        if isinstance(before[name], Mapping) and isinstance(now[name], Mapping):
-            yield from _changes(before[name], now[name], f"{prefix}{name}.")
-        elif before[name] != now[name]:
-            yield f"{prefix}{name}", before[name], now[name]
-
-
 def open_monitor(
-    config: Config, runtime: Runtime, layout: RunLayout, seq_len: int, counters: Mapping[str, Any]
+    config: Config,
+    runtime: Runtime,
+    layout: RunLayout,
+    seq_len: int,
+    counters: Mapping[str, Any],
+    parallel: Parallel = SINGLE,
 ) -> Monitor:
     """The run's monitor; measures the device's matmul rate (0.2 s) where no vendor figure is known."""
+    peak, source = peak_flops(runtime.device, runtime.compute_dtype)
+    if parallel.active:
+        peak, source = peak * parallel.world_size, f"{source}, times {parallel.world_size} processes"
     return Monitor(
         config,
         run_dir=layout.root,
@@ -207,7 +250,7 @@ def open_monitor(
         start_step=counters["step"],
         tokens_per_step=config.data.dataloader.batch_size * seq_len,
         flops_per_token=flops_per_token(config.model, seq_len),
-        peak=peak_flops(runtime.device, runtime.compute_dtype),
+        peak=(peak, source),
         device=runtime.device,
         resumed="resumed_step" in counters,
         nonfinite_before=counters.get("nonfinite", 0),
@@ -215,7 +258,14 @@ def open_monitor(
 
 
 def introduce(
-    monitor: Monitor, config: Config, runtime: Runtime, layout: RunLayout, inputs: Inputs, *, resumed: bool
+    monitor: Monitor,
+    config: Config,
+    runtime: Runtime,
+    layout: RunLayout,
+    inputs: Inputs,
+    parallel: Parallel,
+    *,
+    resumed: bool,
 ) -> None:
     """Say what runs, on what, where, and what of the configuration this version does not do."""
     wanted = config.training.max_steps * config.data.dataloader.batch_size
@@ -223,6 +273,8 @@ def introduce(
         f"{layout.root}: {parameter_counts(config.model).total:,} parameters, "
         f"{config.training.fabric.precision} on {runtime.device} with {runtime.threads} CPU threads"
     )
+    if parallel.active:
+        monitor.info(f"{parallel.world_size} processes: {layout_of(config.parallel, parallel.world_size)}")
     monitor.info(f"kernels: {shown_kernels(inputs.kernels)}")
     n_rows = inputs.rows.n_rows_known  # of a hub dataset unknown: it would cost a request per shard
     if n_rows is not None and n_rows < wanted:

@@ -9,11 +9,17 @@ import torch
 from torch import Tensor
 
 from pico_fast.model.decoder import PicoDecoder
+from pico_fast.parallel.data_parallel import LossFunction
+from pico_fast.parallel.gradients import clip, global_numbers, sum_over_tensor_parallel
+from pico_fast.parallel.mesh import SINGLE, Parallel
 
 
 @dataclass(frozen=True)
 class StepNumbers:
-    """Numbers of one step, still on the device: loss (mean over counted tokens) and gradient norm before clipping."""
+    """Numbers of one step, still on the device: loss (mean over counted tokens) and gradient norm before clipping.
+
+    Both are of the global batch, and the same on every rank.
+    """
 
     step: int
     lr: float
@@ -32,6 +38,8 @@ def training_step(
     skip_nonfinite: bool = False,
     measure_norm: bool = False,
     give_up: Callable[[], bool] = lambda: False,
+    loss_function: LossFunction | None = None,
+    parallel: Parallel = SINGLE,
 ) -> StepNumbers | None:
     """Forward, backward and update on ``micro_batches`` (micro-batches, rows, max_seq_len + 1) int32.
 
@@ -39,25 +47,32 @@ def training_step(
     micro-batches. Nothing here waits for the device. ``skip_nonfinite`` leaves weights, moments and step count
     untouched where loss or gradient are not finite (the fused optimizer's ``found_inf``). If ``give_up()`` becomes true
     between micro-batches, None is returned and everything is as it was before the step.
+
+    Several processes: ``micro_batches`` are the rows of this data-parallel rank, ``loss_function`` is what
+    :func:`~pico_fast.parallel.data_parallel.parallelise` gave, and ``give_up`` answers all ranks alike. After a step
+    given up, FSDP2 keeps gradients of its own: save and end, do not step again.
     """
+    loss_function = loss_function or LossFunction(model.loss)
     device = model.rope_cos.device
     rows = micro_batches.to(device, non_blocking=True)
-    counted_tokens = rows[..., 1:].numel()
+    counted_tokens = rows[..., 1:].numel() * parallel.dp_size
     loss = torch.zeros((), device=device)
-    for micro_batch in rows.long():
+    for index, micro_batch in enumerate(rows.long(), start=1):
         if give_up():
             optimizer.zero_grad(set_to_none=True)
             return None
-        micro_loss = model.loss(micro_batch[:, :-1], micro_batch[:, 1:], reduction="sum", denominator=counted_tokens)
-        micro_loss.backward()
+        with loss_function.accumulating(index < len(rows)):
+            micro_loss = loss_function(
+                micro_batch[:, :-1], micro_batch[:, 1:], reduction="sum", denominator=counted_tokens
+            )
+            micro_loss.backward()
         loss += micro_loss.detach()
+    sum_over_tensor_parallel(model, parallel)
 
-    parameters = list(model.parameters())
-    grad_norm = None
-    if measure_norm or skip_nonfinite or max_grad_norm is not None:
-        grad_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], foreach=True)
+    needs_norm = measure_norm or skip_nonfinite or max_grad_norm is not None
+    loss, grad_norm = global_numbers(model, loss, parallel, norm=needs_norm)
     if max_grad_norm is not None and grad_norm is not None:
-        torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, grad_norm, foreach=True)
+        clip(model, max_grad_norm, grad_norm)
     for group in optimizer.param_groups:
         group["lr"] = lr
     if skip_nonfinite and grad_norm is not None:

@@ -9,6 +9,7 @@ import yaml
 
 from pico_fast.config import Config
 from pico_fast.config_io import ConfigError, load_config, to_yaml
+from pico_fast.parallel.layout import layout_of
 
 ROOT = Path(__file__).parents[1]
 
@@ -125,7 +126,81 @@ def test_batch_must_divide_over_all_processes(tmp_path):
     text = "data: {dataloader: {batch_size: 24}}\ntraining: {optimization: {gradient_accumulation_steps: 4}}"
     (tmp_path / "config.yaml").write_text(text)
     load_config(tmp_path / "config.yaml", world_size=3)
-    assert "give a multiple of 16" in "\n".join(problems_of(tmp_path, text, world_size=4))
+    load_config(tmp_path / "config.yaml", ["parallel.tp=2"], world_size=4)  # two of the four read the same rows
+    assert "give a multiple of 16, such as 16 or 32" in "\n".join(problems_of(tmp_path, text, world_size=4))
+
+
+@pytest.mark.parametrize(
+    ("settings", "world_size", "layout"),
+    [
+        ({}, 1, (1, 1, 1)),
+        ({}, 8, (8, 1, 1)),
+        ({"tp": 4}, 8, (2, 1, 4)),
+        ({"tp": 2, "dp_shard": 2}, 8, (2, 2, 2)),
+        ({"dp_shard": 8}, 8, (1, 8, 1)),
+        ({"tp": 2, "dp_replicate": 4}, 8, (4, 1, 2)),
+        ({"dp_replicate": "auto"}, 2, (2, 1, 1)),
+        ({"tp": 2, "dp_shard": 2}, None, (1, 2, 2)),
+    ],
+)
+def test_layouts(settings, world_size, layout):
+    overrides = [f"parallel.{key}={value}" for key, value in settings.items()]
+    parallel = load_config(None, overrides, world_size=world_size).parallel
+    found = layout_of(parallel, world_size)
+    assert (found.dp_replicate, found.dp_shard, found.tp) == layout
+    assert world_size in (None, found.world_size)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world_size", "problem"),
+    [
+        (
+            ["parallel.tp=3"],
+            3,
+            "parallel.tp: 3 does not divide model.attention_n_kv_heads = 4, model.max_seq_len = 2048; with this model "
+            "tp may be 1, 2 or 4",
+        ),
+        (
+            ["parallel.tp=8", "model.max_seq_len=2049"],
+            8,
+            "parallel.tp: 8 does not divide model.attention_n_heads = 12, model.attention_n_kv_heads = 4, "
+            "model.max_seq_len = 2049; with this model tp may be 1",
+        ),
+        (
+            ["parallel.tp=2"],
+            1,
+            "parallel: tp = 2 x dp_shard = 1 needs a multiple of 2 processes, 1 was started; start 2, or give sizes "
+            "whose product divides 1 (1)",
+        ),
+        (
+            ["parallel.tp=2", "parallel.dp_shard=2"],
+            6,
+            "parallel: tp = 2 x dp_shard = 2 needs a multiple of 4 processes, 6 were started; start 4 or 8, or give "
+            "sizes whose product divides 6 (1, 2, 3 or 6)",
+        ),
+        (
+            ["parallel.tp=2", "parallel.dp_replicate=3"],
+            8,
+            "parallel: tp = 2 x dp_shard = 1 x dp_replicate = 3 is 6 processes, 8 were started; start 6, or give "
+            "parallel.dp_replicate=auto (here 4)",
+        ),
+        (["parallel.tp=0"], 1, "parallel.tp: 0 must be at least 1"),
+        (["parallel.dp_replicate=0"], 1, "parallel.dp_replicate: 0 must be at least 1"),
+        (["parallel.dp_replicate=some"], 1, "parallel.dp_replicate: an integer or auto expected, 'some' given"),
+        (["parallel.activation_checkpointing=layer"], 1, "'layer' is not one of none, block, attention"),
+    ],
+)
+def test_layouts_that_do_not_fit_are_refused_with_what_would(overrides, world_size, problem):
+    with pytest.raises(ConfigError) as error:
+        load_config(None, overrides, world_size=world_size)
+    (found,) = error.value.problems
+    assert problem in found
+
+
+def test_a_tool_of_one_process_reads_the_config_of_a_parallel_run(tmp_path):
+    config = load_config(None, ["parallel.tp=2", "parallel.dp_replicate=2"], world_size=4)
+    (tmp_path / "written.yaml").write_text(to_yaml(config))
+    assert load_config(tmp_path / "written.yaml") == config
 
 
 @pytest.mark.parametrize("field", [f.name for f in dataclasses.fields(Config)])

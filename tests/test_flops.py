@@ -10,6 +10,7 @@ from pico_fast.flops import (
     training_memory,
     vendor_peak,
 )
+from pico_fast.parallel.layout import Layout
 
 PUBLISHED = {96: 11_282_784, 384: 64_595_328, 768: 181_095_168, 1536: 569_808_384}
 
@@ -67,6 +68,32 @@ def test_memory_follows_precision_and_micro_batch() -> None:
     assert mixed.activations < full.activations
     assert training_memory(config, precision="bf16-mixed", rows=8, seq_len=256).activations == 2 * mixed.activations
     assert full.total == full.weights + full.gradients + full.moments + full.activations
+
+
+def test_memory_of_each_rank_follows_the_layout() -> None:
+    config, precision = pico(96), "bf16-mixed"
+    counts = parameter_counts(config)
+
+    def estimate(micro_batches: int = 1, recomputed: str = "none", **sizes: int):
+        return training_memory(
+            config,
+            precision=precision,
+            rows=4,
+            seq_len=256,
+            micro_batches=micro_batches,
+            layout=Layout(**sizes),
+            recomputed=recomputed,
+        )
+
+    single, tp, sharded = estimate(), estimate(tp=2), estimate(dp_shard=4)
+    assert estimate(dp_replicate=4) == single
+    assert tp.gradients == 4 * (counts.total - counts.split // 2)
+    assert tp.activations == single.activations // 2
+    assert (sharded.gradients, sharded.moments) == (single.gradients // 4, single.moments // 4)
+    assert estimate(2, dp_shard=4).gradients == sharded.gradients + 4 * counts.total
+    assert sharded.activations == single.activations
+    blocks, attention = estimate(recomputed="block"), estimate(recomputed="attention")
+    assert blocks.activations < attention.activations < single.activations
 
 
 @pytest.mark.parametrize(

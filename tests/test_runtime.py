@@ -8,11 +8,12 @@ import pytest
 import torch
 from pico_kernels import KernelSet
 
-from pico_fast import cores
+from pico_fast import cores, runtime
 from pico_fast.config import Config, ModelConfig, OptimizationConfig
+from pico_fast.config_io import load_config
 from pico_fast.model.decoder import PicoDecoder
 from pico_fast.optim import build_optimizer
-from pico_fast.runtime import GracefulStop, start_runtime
+from pico_fast.runtime import GracefulStop, UsageError, start_runtime
 from pico_fast.step import training_step
 
 
@@ -40,13 +41,37 @@ def test_a_gpu_that_is_not_there_is_said(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     config = Config()
     config.runtime.threads = torch.get_num_threads()
-    runtime = start_runtime(config)
-    assert runtime.device.type == "cpu"
-    assert any("accelerator is 'cuda'" in warning for warning in runtime.warnings)
-    assert (runtime.param_dtype, runtime.compute_dtype) == (torch.float32, torch.bfloat16)
+    found = start_runtime(config)
+    assert found.device.type == "cpu"
+    assert any("accelerator is 'cuda'" in warning for warning in found.warnings)
+    assert (found.param_dtype, found.compute_dtype) == (torch.float32, torch.bfloat16)
 
 
-def test_signals_become_a_request_and_handlers_come_back(capfd):
+def test_the_processes_of_a_node_share_its_cores(monkeypatch):
+    monkeypatch.setattr(runtime, "usable_cores", lambda: 7)
+    set_to = []
+    monkeypatch.setattr(torch, "set_num_threads", set_to.append)
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    for local, threads in ((1, 7), (2, 3), (8, 1)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local))
+        assert start_runtime(load_config(None, ["training.fabric.accelerator=cpu"])).threads == threads
+    assert set_to == [7, 3, 1]
+
+
+def test_more_processes_than_devices_are_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    with pytest.raises(UsageError, match=r"4 processes.*3 GPU\(s\).*--nproc-per-node 3"):
+        start_runtime(Config())
+    with pytest.raises(UsageError, match="mps trains in one process, 4 were started"):
+        start_runtime(load_config(None, ["training.fabric.accelerator=mps"]))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_signals_become_a_request_and_handlers_come_back(capfd, monkeypatch, rank):
+    monkeypatch.setenv("RANK", str(rank))
     before = signal.getsignal(signal.SIGTERM)
     with GracefulStop() as stop:
         assert not stop()
@@ -59,7 +84,7 @@ def test_signals_become_a_request_and_handlers_come_back(capfd):
         time.sleep(0.01)
         assert stop.overdue()
     assert signal.getsignal(signal.SIGTERM) is before
-    assert capfd.readouterr().err.count("SIGTERM: finishing the step") == 1
+    assert capfd.readouterr().err.count("SIGTERM: finishing the step") == int(rank == 0)  # of all, one says so
 
 
 def test_a_step_that_is_given_up_leaves_everything_as_it_was():

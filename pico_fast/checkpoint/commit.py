@@ -1,7 +1,8 @@
 """The commit protocol: the one sequence of system calls by which a checkpoint becomes visible.
 
 1. :func:`prepare`: folders, each made durable in its parent; everything new goes to ``step_N/.tmp-PID/{state,export}``.
-2. Every file is written and fsynced there; ``manifest.json``, which covers them all, last.
+2. Every file is written and fsynced there, by several ranks each its own; ``manifest.json``, which covers them all,
+   last. Rank 0 writes it, and does all that follows, when every rank has said that its file is durable.
 3. :func:`publish`: the names in ``state/`` are fsynced, Hugging Face files are renamed into ``step_N/`` and made
    durable, then ``state/`` is renamed into place. **That rename is the commit point**: before it the step does not
    exist, after it the step is whole. Its name is then made durable, up to ``checkpoints/``.
@@ -43,7 +44,7 @@ def execute(ops: Iterator[Op] | Sequence[Op], fs: FileSystem) -> None:
 
 
 def temporary_dir(layout: RunLayout, step: int) -> Path:
-    """Where this process writes ``step`` before it is published."""
+    """Where ``step`` is written before this process publishes it."""
     return layout.step_dir(step) / f"{TEMPORARY}{os.getpid()}"
 
 

@@ -6,15 +6,22 @@ import errno as errno_names
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 
 class CheckpointError(Exception):
-    """A checkpoint cannot be written or read. ``path`` and ``errno`` tell where and why, where they are known."""
+    """A checkpoint cannot be written or read. ``path`` and ``errno`` tell where and why, where they are known.
+
+    It can be pickled, as its subclasses can, to be raised by every rank.
+    """
 
     def __init__(self, message: str, *, path: Path | None = None, errno: int | None = None):
         super().__init__(message)
         self.path = path
         self.errno = errno
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restored, (type(self), str(self), vars(self))
 
 
 class NoSpaceError(CheckpointError):
@@ -32,6 +39,12 @@ class NoGoodCheckpointError(CheckpointError):
     def __init__(self, message: str, *, rejected: list[tuple[int, str]]):
         super().__init__(message)
         self.rejected = rejected
+
+
+def _restored(kind: type[CheckpointError], message: str, attributes: dict[str, Any]) -> CheckpointError:
+    error = kind.__new__(kind, message)
+    vars(error).update(attributes)
+    return error
 
 
 def errno_of(error: BaseException) -> int | None:

@@ -8,6 +8,10 @@ keeps; NaN and infinity as Python's json writes them), ``tensors`` (name, file, 
 this slice, global_shape, offset of the slice, xxh3_128 of its bytes) and ``files`` (path below the step folder, size
 in bytes, crc32c of each block of 1 MiB). ``files`` lists the state files and the Hugging Face files, not the
 manifest.
+
+A name stands once in ``tensors`` for each slice; together the slices make up the tensor. ``VERSION`` rises when a
+reader of the old version would misread the new one. States of several ranks did not raise it: the keys were there, and
+readers before them refuse a ``world_size`` above 1.
 """
 
 from __future__ import annotations

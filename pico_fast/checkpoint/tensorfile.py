@@ -5,20 +5,27 @@ The format is safetensors' own (8 bytes little-endian header length, JSON header
 leaves mode 0600), and because hashing while writing reads memory once. Tensors stand by falling element size, then
 name, as the library orders them, so that each is aligned. Beyond the state itself at most one tensor's piece of 8 MiB
 (device tensors) or one tensor (non-contiguous ones) is in memory.
+
+A file that holds slices says in ``__metadata__`` where each begins in its tensor, under the keys that
+``torch.distributed.checkpoint.HuggingFaceStorageReader`` looks for (``_hf_utils.py`` there). A file of whole tensors
+needs no such keys and has none.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from pico_fast.checkpoint.manifest import TensorEntry
+from pico_fast.parallel.slices import Slice
 
 PIECE_BYTES = 8 << 20
+SLICES_KEY = "DCP_SHARDING_INFO"
+SLICES_VERSION = {"DCP_VERSION": "1.0"}
 
 DTYPES = {
     torch.float64: "F64",
@@ -32,21 +39,25 @@ DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
 
 
-def file_bytes(tensors: Mapping[str, torch.Tensor]) -> int:
+def file_bytes(tensors: Mapping[str, torch.Tensor], slices: Mapping[str, Slice]) -> int:
     """Size in bytes of the file that :func:`write_tensors` makes."""
-    return len(_header(tensors)) + sum(tensor.nbytes for tensor in tensors.values())
+    return len(_header(tensors, slices)) + sum(tensor.nbytes for tensor in tensors.values())
 
 
-def write_tensors(tensors: Mapping[str, torch.Tensor], file: str, emit: Callable[[Any], None]) -> list[TensorEntry]:
+def write_tensors(
+    tensors: Mapping[str, torch.Tensor], slices: Mapping[str, Slice], file: str, emit: Callable[[Any], None]
+) -> list[TensorEntry]:
     """Pass the file's bytes to ``emit`` in order, as uint8 numpy arrays or bytes, and describe each tensor.
 
-    Raises TypeError for a dtype that the format has not.
+    ``slices``: which part of its tensor each is; a tensor without an entry is whole. Raises TypeError for a dtype that
+    the format has not.
     """
     import xxhash
 
-    emit(_header(tensors))
+    emit(_header(tensors, slices))
     entries = []
     for name in _order(tensors):
         tensor = tensors[name]
@@ -54,27 +65,27 @@ def write_tensors(tensors: Mapping[str, torch.Tensor], file: str, emit: Callable
         for piece in _pieces(tensor):
             hasher.update(piece)
             emit(piece)
-        shape = list(tensor.shape)
+        part = slices.get(name) or Slice.whole(tensor.shape)
         entries.append(
             TensorEntry(
                 name=name,
                 file=file,
                 dtype=DTYPES[tensor.dtype],
-                shape=shape,
-                global_shape=shape,
-                offset=[0] * len(shape),
+                shape=list(part.shape),
+                global_shape=list(part.global_shape),
+                offset=list(part.offset),
                 xxh3_128=hasher.hexdigest(),
             )
         )
     return entries
 
 
-def read_tensors(path: Path, entries: list[TensorEntry]) -> dict[str, torch.Tensor]:
+def read_tensors(path: Path, entries: Sequence[TensorEntry], *, check: bool = True) -> dict[str, torch.Tensor]:
     """The tensors of ``path``, which must be exactly those of ``entries``, bit for bit; ValueError says what differs.
 
     They are private copies of the mapped file: reading costs no memory beyond the page cache until they are changed.
+    ``check=False`` leaves out the checksums, for which every byte is read.
     """
-    import xxhash
     from safetensors import SafetensorError, safe_open
 
     tensors = {}
@@ -86,10 +97,7 @@ def read_tensors(path: Path, entries: list[TensorEntry]) -> dict[str, torch.Tens
                 tensor = file.get_tensor(entry.name)
                 if DTYPES.get(tensor.dtype) != entry.dtype or list(tensor.shape) != entry.shape:
                     raise ValueError(f"tensor {entry.name!r} has not the shape or dtype of the manifest")
-                hasher = xxhash.xxh3_128()
-                for piece in _pieces(tensor):
-                    hasher.update(piece)
-                if hasher.hexdigest() != entry.xxh3_128:
+                if check and _hash(tensor) != entry.xxh3_128:
                     raise ValueError(f"tensor {entry.name!r} has another checksum than in the manifest")
                 tensors[entry.name] = tensor
     except SafetensorError as error:
@@ -97,12 +105,27 @@ def read_tensors(path: Path, entries: list[TensorEntry]) -> dict[str, torch.Tens
     return tensors
 
 
+def _hash(tensor: torch.Tensor) -> str:
+    import xxhash
+
+    hasher = xxhash.xxh3_128()
+    for piece in _pieces(tensor):
+        hasher.update(piece)
+    return hasher.hexdigest()
+
+
 def _order(tensors: Mapping[str, torch.Tensor]) -> list[str]:
     return sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
 
 
-def _header(tensors: Mapping[str, torch.Tensor]) -> bytes:
+def _header(tensors: Mapping[str, torch.Tensor], slices: Mapping[str, Slice]) -> bytes:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    if any(not part.is_whole for part in slices.values()):  # the reader then looks every tensor of the file up
+        offsets = {
+            name: {"saved_offsets": list((slices.get(name) or Slice.whole(tensors[name].shape)).offset)}
+            for name in _order(tensors)
+        }
+        header["__metadata__"] |= {SLICES_KEY: json.dumps(offsets, separators=(",", ":")), **SLICES_VERSION}
     end = 0
     for name in _order(tensors):
         tensor = tensors[name]

@@ -26,12 +26,22 @@ class LayerCache:
 
 
 class KVCache:
-    """One :class:`LayerCache` per layer for ``batch_size`` sequences of up to ``capacity`` tokens."""
+    """One :class:`LayerCache` per layer for ``batch_size`` sequences of up to ``capacity`` tokens.
+
+    ``tp`` ranks that share the heads keep ``attention_n_kv_heads / tp`` of them each.
+    """
 
     def __init__(
-        self, config: ModelConfig, batch_size: int, capacity: int, *, dtype: torch.dtype, device: torch.device | str
+        self,
+        config: ModelConfig,
+        batch_size: int,
+        capacity: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        tp: int = 1,
     ):
-        shape = (batch_size, capacity, config.attention_n_kv_heads, config.head_dim)
+        shape = (batch_size, capacity, config.attention_n_kv_heads // tp, config.head_dim)
         self.layers = [
             LayerCache(*(torch.empty(shape, dtype=dtype, device=device) for _ in range(2)))
             for _ in range(config.n_layers)

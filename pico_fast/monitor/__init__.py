@@ -3,5 +3,6 @@
 from pico_fast.monitor.errors import MonitorError
 from pico_fast.monitor.metrics import MetricsError, read_metrics
 from pico_fast.monitor.monitor import Monitor
+from pico_fast.monitor.silent import SilentMonitor
 
-__all__ = ["MetricsError", "Monitor", "MonitorError", "read_metrics"]
+__all__ = ["MetricsError", "Monitor", "MonitorError", "SilentMonitor", "read_metrics"]

@@ -12,10 +12,12 @@ from torch import nn
 
 from pico_fast.config import ModelConfig
 from pico_fast.config_io import load_config
+from pico_fast.flops import parameter_counts
 from pico_fast.model.build import build_model
 from pico_fast.model.cache import KVCache
-from pico_fast.model.decoder import PicoDecoder
+from pico_fast.model.decoder import Embedding, PicoDecoder
 from pico_fast.model.sharding import tensor_parallel_dim
+from pico_fast.parallel.mesh import Axis
 from pico_fast.runtime import Runtime
 
 ROOT = Path(__file__).parents[2]
@@ -44,6 +46,20 @@ def test_published_sizes(size, parameters):
     with torch.device("meta"):
         model = PicoDecoder(config, KernelSet.from_config())
     assert sum(parameter.numel() for parameter in model.parameters()) == parameters
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_of_a_frequent_token_are_summed_in_float32(dtype):
+    """8192 terms of about 1e-3, which a sum in bfloat16 would stop adding at 0.5; and one token that occurs once."""
+    embedding = Embedding(5, 3).to(dtype)
+    ids = torch.full((8, 1024), 2)
+    ids[3, 5] = 4
+    embedding(ids).backward(torch.full((8, 1024, 3), 1e-3, dtype=dtype))
+    term = float(torch.tensor(1e-3, dtype=dtype))
+    expected = torch.tensor([0, 0, 8191 * term, 0, term])[:, None].expand(5, 3)
+    assert embedding.weight.grad.dtype == dtype
+    torch.testing.assert_close(embedding.weight.grad.float(), expected, rtol=2**-8, atol=0)
+    assert torch.equal(embedding(ids), embedding.weight[ids])
 
 
 def test_initial_weights_are_picos(golden):
@@ -169,6 +185,44 @@ def test_bf16_activations_keep_float32_gradients():
 def test_positions_beyond_the_model_are_refused():
     with pytest.raises(ValueError, match=r"25 positions.*max_seq_len is 24"):
         decoder()(torch.zeros(1, 25, dtype=torch.long))
+
+
+def test_the_formula_counts_the_parameters_that_the_table_splits():
+    counts, split, whole = parameter_counts(SMALL), 0, 0
+    for name, parameter in decoder().named_parameters():
+        if tensor_parallel_dim(name) is None:
+            whole += parameter.numel()
+        else:
+            split += parameter.numel()
+    assert (counts.split, counts.total - counts.split) == (split, whole)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_recomputed_parts_have_the_same_gradient_bit_for_bit_and_keep_less(dtype):
+    ids = torch.randint(61, (3, 25))
+    gradients, kept = [], []
+    for recomputed in ("none", "attention", "block"):
+        torch.manual_seed(0)
+        model = PicoDecoder(SMALL, KernelSet.from_config({"default": "torch"}), dtype, recomputed=recomputed)
+        storages = {}
+
+        def note(tensor, storages=storages):
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            loss = model.loss(ids[:, :-1], ids[:, 1:])
+        loss.backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+        kept.append(sum(storages.values()))
+    assert all(map(torch.equal, gradients[0], gradients[1]))
+    assert all(map(torch.equal, gradients[0], gradients[2]))
+    assert kept[0] > kept[1] > kept[2]
+
+
+def test_a_part_of_the_model_needs_sizes_that_divide():
+    with pytest.raises(ValueError, match=r"q_proj.*parallel.tp = 3 does not divide dimension 0 of 32"):
+        PicoDecoder(SMALL, KernelSet.from_config(), tp=Axis(3, 0))
 
 
 def test_the_sharding_table_names_every_parameter_and_splits_into_whole_heads():

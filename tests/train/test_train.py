@@ -417,12 +417,6 @@ def test_a_checkpoint_of_another_model_is_refused(small_run, capsys):
     assert "model.activation_hidden_dim was 48, now 64" in capsys.readouterr().err
 
 
-def test_several_processes_are_refused_by_name(small_run, monkeypatch, capsys):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert main(["--config", str(small_run())]) == 2
-    assert "2 processes were started" in capsys.readouterr().err
-
-
 def test_picos_cluster_gives_way_to_this_process_with_one_line(small_run, capsys):
     file = small_run(**{"training.fabric.num_nodes": 4, "training.fabric.num_devices": 4})
     assert main(["--config", str(file)]) == 0

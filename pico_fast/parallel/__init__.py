@@ -1,0 +1,1 @@
+"""Several processes: the mesh, tensor and sequence parallelism, data parallelism, and what the ranks agree on."""
