@@ -18,7 +18,8 @@ from pico_fast.checkpoint.integrity import verify_step
 from pico_fast.checkpoint.layout import RunLayout
 from pico_fast.config_io import load_config
 from pico_fast.monitor import read_metrics
-from tests.ranks import run_ranks
+from pico_fast.parallel.layout import Layout
+from tests.ranks import every_layout, run_ranks
 from tests.train.trainers import Trainers
 
 pytestmark = pytest.mark.distributed
@@ -57,7 +58,7 @@ def trained_rows(legs: list[list[str]]) -> list[np.ndarray]:
 
 
 def test_a_run_goes_on_in_any_layout_with_the_same_rows_and_losses(small_run, capsys):
-    """One process -> tp2 x dp2 -> fsdp4 -> tp4 -> hsdp -> tp2 x fsdp2 -> dp4 -> one process, two steps each."""
+    """One process, every layout of four, one process again, two steps each."""
     settings = {
         "model.attention_n_kv_heads": 4,
         "training.optimization.lr_scheduler": "constant",
@@ -70,24 +71,31 @@ def test_a_run_goes_on_in_any_layout_with_the_same_rows_and_losses(small_run, ca
     losses, perplexities = numbers_of(layout_of(whole))
 
     file = small_run("moving", **settings)
-    sizes = [(2, 1, 2), (1, 4, 1), (4, 1, 1), (1, 2, 2), (2, 2, 1), (1, 1, 4)]
-    parts = [f"parallel.tp={tp} parallel.dp_shard={shard}".split() for tp, shard, _ in sizes]
-    legs = [["--config", str(file), f"training.max_steps={4 + 2 * leg}", *part] for leg, part in enumerate(parts)]
+    layouts = every_layout(4)
+    legs = [
+        [
+            f"--config={file}",
+            f"training.max_steps={4 + 2 * leg}",
+            f"parallel.tp={to.tp}",
+            f"parallel.dp_shard={to.dp_shard}",
+        ]
+        for leg, to in enumerate(layouts)
+    ]
     capsys.readouterr()
     assert train.main(["--config", str(file), "training.max_steps=2"]) == 0
     per_rank = run_ranks(trained_rows, 4, legs, timeout=180)
     assert train.main(["--config", str(file), "training.max_steps=16"]) == 0
-    assert "layout was tp 1 x dp_shard 1 x dp_replicate 4, now tp 1" in capsys.readouterr().out
+    assert f"layout was {layouts[-1]}, now {Layout()}" in capsys.readouterr().out
 
     found_losses, found_perplexities = numbers_of(layout_of(file))
     assert found_losses.keys() == losses.keys() == set(range(16))
     assert list(found_losses.values()) == pytest.approx(list(losses.values()), rel=1e-5)
     assert found_perplexities.keys() == perplexities.keys() == set(range(0, 17, 2))
     assert list(found_perplexities.values()) == pytest.approx(list(perplexities.values()), rel=1e-4)
-    for leg, (tp, shard, replicate) in enumerate(sizes):
+    for leg, layout in enumerate(layouts):
         for step in (2 * leg, 2 * leg + 1):
-            for neighbour in range(tp):  # the ranks of one tp group read the same rows, each group its share
-                shares = [per_rank[group * tp + neighbour][step] for group in range(shard * replicate)]
+            for neighbour in range(layout.tp):  # the ranks of one tp group read the same rows, each group its share
+                shares = [per_rank[group * layout.tp + neighbour][step] for group in range(layout.dp_size)]
                 np.testing.assert_array_equal(np.concatenate(shares, axis=1), expected_rows[2 + step])
 
 
@@ -104,7 +112,7 @@ def test_torchrun_trains_as_one_process_does_and_a_killed_rank_ends_it_by_name(s
         assert found == pytest.approx(expected, rel=1e-5)
 
     killed = small_run("killed", **LONG)
-    with Trainers.torchrun(killed, 2, "parallel.tp=2") as trainers:
+    with Trainers.torchrun(killed, 2) as trainers:
         trainers.wait_for_step(layout_of(killed), 4)
         os.kill(trainers.pid(1), signal.SIGKILL)
         start = time.monotonic()
@@ -117,25 +125,22 @@ def test_torchrun_trains_as_one_process_does_and_a_killed_rank_ends_it_by_name(s
     assert f"the last checkpoint is {layout_of(killed).step_dir(0)}" in output
 
 
-@pytest.mark.parametrize(("layout", "victim"), [("parallel.dp_shard=2", 0), ("parallel.tp=1", 1)])
-def test_without_torchrun_a_killed_rank_ends_the_others_too(small_run, layout, victim):
+def test_without_torchrun_a_killed_rank_0_ends_the_others_too(small_run):
     file = small_run(**LONG)
-    with Trainers.ranks(file, 2, layout) as trainers:
+    with Trainers.ranks(file, 2, "parallel.dp_shard=2") as trainers:
         trainers.wait_for_step(layout_of(file), 4)
-        os.kill(trainers.pid(victim), signal.SIGKILL)
+        os.kill(trainers.pid(0), signal.SIGKILL)
         start = time.monotonic()
-        survivor = 1 - victim
-        output = trainers.outputs()[survivor]
+        output = trainers.outputs()[1]
         assert time.monotonic() - start < 20
-        assert trainers.codes[survivor] == 1, output
-    who = "" if survivor == 0 else "rank 1: "
+        assert trainers.codes == [-signal.SIGKILL, 1], output
     (line,) = (line for line in output.splitlines() if LINE in line)
-    assert line.startswith(f"pico_fast.train: {who}{LINE}")
+    assert line.startswith(f"pico_fast.train: rank 1: {LINE}")
     assert line.endswith(f"the last checkpoint is {layout_of(file).step_dir(0)}")
     assert verify_step(layout_of(file), 0).good
 
 
-def test_a_signal_to_one_rank_stops_all_after_the_same_step(small_run):
+def test_a_signal_to_one_rank_stops_all_after_the_same_step_and_other_ranks_go_on(small_run):
     file = small_run(**LONG)
     layout = layout_of(file)
     with Trainers.ranks(file, 2, "parallel.tp=2") as trainers:
@@ -153,6 +158,11 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(small_run):
         assert trainers.codes == [0, 0], outputs
     assert "layout was tp 2 x dp_shard 1 x dp_replicate 1, now tp 1 x dp_shard 1 x dp_replicate 2" in outputs[0]
     assert set(numbers_of(layout)[0]) == set(range(step + 1))
+    assert outputs[1].strip() == ""  # rank 0 alone prints, logs and writes metrics
+    assert len(list(layout.logs.iterdir())) == 2
+    lines = [json.loads(line) for line in layout.metrics.read_text().splitlines()]
+    assert [line["step"] for line in lines if line["event"] == "train"] == list(range(step + 1))
+    assert all(line["tokens"] == (line["step"] + 1) * 8 * 16 for line in lines if line["event"] == "train")
 
 
 def test_bad_data_on_one_rank_saves_and_ends_all_with_its_message_once(small_run, tmp_path):
@@ -297,16 +307,3 @@ def test_an_assertion_on_a_device_is_said_by_its_rank(small_run, monkeypatch, ca
     assert train.main(["--config", str(small_run())]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("pico_fast.train: rank 1: an assertion failed on cpu, in step 2 or shortly before it (CUDA")
-
-
-def test_only_rank_0_writes_metrics_and_logs(small_run):
-    file = small_run(max_steps=3)
-    with Trainers.ranks(file, 2, "parallel.dp_shard=2") as trainers:
-        outputs = trainers.outputs()
-        assert trainers.codes == [0, 0], outputs
-    layout = layout_of(file)
-    assert outputs[1].strip() == ""
-    assert len(list(layout.logs.iterdir())) == 1
-    lines = [json.loads(line) for line in layout.metrics.read_text().splitlines()]
-    assert [line["step"] for line in lines if line["event"] == "train"] == [0, 1, 2]
-    assert all(line["tokens"] == (line["step"] + 1) * 8 * 16 for line in lines if line["event"] == "train")
