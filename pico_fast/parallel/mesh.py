@@ -8,7 +8,6 @@ step.
 from __future__ import annotations
 
 import dataclasses
-import os
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -19,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from pico_fast.config_io import changes
 from pico_fast.parallel.layout import layout_of
-from pico_fast.runtime import UsageError
+from pico_fast.runtime import UsageError, world_size
 
 if TYPE_CHECKING:
     from pico_fast.config import Config
@@ -95,8 +94,8 @@ def start_parallel(config: Config, device: torch.device) -> Parallel:
     Raises UsageError, on all ranks, where one has another configuration: with another layout, or another batch, they
     would wait for each other.
     """
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    if world_size == 1:
+    started = world_size()
+    if started == 1:
         return SINGLE
     timeout = timedelta(seconds=config.parallel.timeout_s)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -105,8 +104,8 @@ def start_parallel(config: Config, device: torch.device) -> Parallel:
         dist.init_process_group(backend, timeout=timeout, device_id=device if device.type == "cuda" else None)
     hosts = dist.new_group(backend="gloo", timeout=timeout)
     _require_same_config(config, hosts)
-    layout = layout_of(config.parallel, world_size)
-    ranks = torch.arange(world_size).view(layout.dp_replicate, layout.dp_shard, layout.tp)
+    layout = layout_of(config.parallel, started)
+    ranks = torch.arange(started).view(layout.dp_replicate, layout.dp_shard, layout.tp)
     axes = {
         name: _axis(ranks.movedim(dimension, -1).flatten(0, -2), name, timeout)
         for dimension, name in enumerate(DIMENSIONS)
@@ -114,7 +113,7 @@ def start_parallel(config: Config, device: torch.device) -> Parallel:
     groups = {name: axis.group for name, axis in axes.items() if axis.group is not None}
     # Not init_device_mesh: its groups have the library's timeout (30 minutes on gloo), whatever the default group's is
     mesh = DeviceMesh.from_group(list(groups.values()), device.type, mesh=ranks.squeeze(), mesh_dim_names=tuple(groups))
-    return Parallel(dist.get_rank(), world_size, **axes, mesh=mesh, hosts=hosts)
+    return Parallel(dist.get_rank(), started, **axes, mesh=mesh, hosts=hosts)
 
 
 def _require_same_config(config: Config, hosts: dist.ProcessGroup) -> None:

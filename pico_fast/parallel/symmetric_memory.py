@@ -12,7 +12,6 @@ only.
 from __future__ import annotations
 
 import importlib
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,6 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from pico_fast.parallel.mesh import Axis
 from pico_fast.parallel.tensor import SequenceParallel, start_gather
+from pico_fast.runtime import local_world_size
 
 
 class _GatherAndProject(torch.autograd.Function):
@@ -90,7 +90,7 @@ def symmetric_memory_problem(device: torch.device, tp: Axis) -> str | None:
     advice = "give parallel.symmetric_memory=false"
     if device.type != "cuda":
         return f"parallel.symmetric_memory: it needs NVIDIA GPUs joined by NVLink, this run is on {device}; {advice}"
-    on_node = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    on_node = local_world_size()
     if on_node % tp.size:
         return (
             f"parallel.symmetric_memory: parallel.tp = {tp.size} does not divide the {on_node} processes of this node, "

@@ -240,10 +240,7 @@ def test_symmetric_memory_is_refused_where_there_is_none(monkeypatch):
 
 def triton_ops_on_two_ranks() -> None:
     torch.testing.assert_close(
-        *(
-            losses_and_gradients(KernelSet.from_config({"default": "torch", **ops}))
-            for ops in ({}, dict.fromkeys(("rms_norm", "add_rms_norm", "rope", "swiglu"), "triton"))
-        ),
+        *(losses_and_gradients(KernelSet.from_config({"default": name})) for name in ("triton", "torch")),
         atol=1e-5,
         rtol=1e-4,
     )
